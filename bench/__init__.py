@@ -1,0 +1,1 @@
+"""How it is measured: every performance or accuracy table in the documents comes from a command here."""

@@ -1,0 +1,494 @@
+"""The job spec: everything that the participants of one job must agree on, frozen and validated.
+
+It is the one source of YAML keys, `--set` flags and `DATPS_*` variables. The server's job spec is the only one of a
+job; workers receive it when they join. What belongs to one process (addresses, paths, devices) is not in here.
+
+`load_job_spec` merges with precedence flag > environment > YAML > default and refuses unknown keys with the nearest
+known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from fractions import Fraction
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from common.errors import SpecError, refusal
+
+ENVIRONMENT_PREFIX = "DATPS_"
+_NESTED = "__"
+MAXIMAL_BLOCK = 1 << 19
+"""Elements; a bucket holds at least one block, and as float32 it must stay below gRPC's 4 MiB receive limit."""
+
+
+def _number(value: object) -> object:
+    """Reads `8/255` as a number; everything else is left to the validator."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+"""A finite float; YAML and flags may write it as a fraction, `8/255`."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, keyword-only, no unknown keys; the docstring under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class DatasetName(StrEnum):
+    DIGITS = "digits"
+    CIFAR10 = "cifar10"
+    CIFAR100 = "cifar100"
+    IMAGEFOLDER = "imagefolder"
+
+
+class Split(StrEnum):
+    SHARED = "shared"
+    OWN = "own"
+
+
+class ModelName(StrEnum):
+    SMALL_CNN = "small_cnn"
+    RESNET8 = "resnet8"
+    RESNET20 = "resnet20"
+    PREACT_RESNET18 = "preact_resnet18"
+    RESNET50 = "resnet50"
+    WIDE_RESNET28_10 = "wide_resnet28_10"
+
+
+class AttackName(StrEnum):
+    NONE = "none"
+    FGSM = "fgsm"
+    PGD = "pgd"
+
+
+class BatchNormMode(StrEnum):
+    EVAL = "eval"
+    TRAIN = "train"
+
+
+class OptimizerName(StrEnum):
+    LAMB = "lamb"
+    SGD = "sgd"
+
+
+class CodecName(StrEnum):
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    RANDOMIZED = "randomized"
+    PAPER = "paper"
+
+
+class BlockName(StrEnum):
+    LAYER = "layer"
+    ALL = "all"
+
+
+class ScaleNorm(StrEnum):
+    LINF = "linf"
+    L2 = "l2"
+
+
+class ModelSpec(Section):
+    """The network; input normalization is part of it, so that attacks work in pixel space [0, 1]."""
+
+    name: ModelName = ModelName.SMALL_CNN
+    """Architecture."""
+    width: int | None = Field(default=None, ge=1, le=1024)
+    """Channels of the first stage; the architecture's own width where absent (small_cnn and resnet8/20 only)."""
+
+
+class DataSpec(Section):
+    """The data set and how its samples are divided among the workers."""
+
+    name: DatasetName = DatasetName.DIGITS
+    """Data set."""
+    split: Split = Split.SHARED
+    """`shared`: one data set, reshuffled and divided anew each epoch; `own`: each worker has its own folder."""
+    image_size: int | None = Field(default=None, ge=8, le=1024)
+    """Side of the square images in pixels after resizing; needed by `imagefolder` unless all images are of one size."""
+    augment: bool = False
+    """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
+    batch_per_worker: int = Field(default=64, ge=1)
+    """Samples that each worker draws per round (B of the paper)."""
+
+
+class AttackSpec(Section):
+    """The inner maximization of equation (A1), in the l-infinity ball."""
+
+    name: AttackName = AttackName.PGD
+    """Attack generator; `none` trains on clean images."""
+    epsilon: Number = Field(default=8 / 255, ge=0, le=1)
+    """Radius of the ball, in pixel units [0, 1]."""
+    steps: int = Field(default=10, ge=1, le=1000)
+    """Attack steps of PGD; FGSM always takes one."""
+    step_size: Number | None = Field(default=None, gt=0)
+    """Step size in pixel units; where absent 1.25 epsilon for FGSM and 2.5 epsilon / steps for PGD."""
+    random_start: bool = True
+    """Start from a uniform draw in the ball instead of its centre."""
+    batch_norm: BatchNormMode | None = None
+    """Batch-norm mode during the attack; where absent `eval` for PGD and `train` for FGSM."""
+
+    @property
+    def resolved_step_size(self) -> float:
+        """Step size in pixel units with the attack's default filled in."""
+        if self.step_size is not None:
+            return self.step_size
+        return 1.25 * self.epsilon if self.name is AttackName.FGSM else 2.5 * self.epsilon / self.steps
+
+    @property
+    def resolved_batch_norm(self) -> BatchNormMode:
+        """Batch-norm mode with the attack's default filled in."""
+        if self.batch_norm is not None:
+            return self.batch_norm
+        return BatchNormMode.TRAIN if self.name is AttackName.FGSM else BatchNormMode.EVAL
+
+
+class ObjectiveSpec(Section):
+    """The local cost f_i of equation (2)."""
+
+    clean_weight: Number = Field(default=0.0, ge=0)
+    """lambda of equation (2): weight of the loss on clean images beside the adversarial one."""
+
+
+class OptimizerSpec(Section):
+    """The outer minimization of equation (A4)."""
+
+    name: OptimizerName = OptimizerName.LAMB
+    """`lamb` is Algorithm A2; `sgd` with momentum is the paper's "w/o LALR"."""
+    learning_rate: Number = Field(default=0.01, gt=0)
+    """eta_1, before warm-up and decay."""
+    beta1: Number = Field(default=0.9, ge=0, lt=1)
+    """LAMB: decay of the first moment."""
+    beta2: Number = Field(default=0.999, ge=0, lt=1)
+    """LAMB: decay of the second moment."""
+    stability_eps: Number = Field(default=1e-12, gt=0)
+    """LAMB: zeta of Algorithm A2, added to the second moment under the square root."""
+    bias_correction: bool = True
+    """LAMB: divide the moments by 1 - beta^t, as Algorithm A2 does."""
+    trust_low: Number = Field(default=0.0, ge=0)
+    """LAMB: c_l of equation (3), lower bound of tau."""
+    trust_high: Number = Field(default=10.0, gt=0)
+    """LAMB: c_u of equation (3), upper bound of tau."""
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    """SGD: momentum."""
+    weight_decay: Number = Field(default=1e-4, ge=0)
+    """Decay of the weights: inside LAMB's update, added to SGD's gradient."""
+    decay_one_dimensional: bool = True
+    """Decay biases and normalization parameters too, as the paper's code does."""
+    adapt_one_dimensional: bool = True
+    """LAMB: adapt the learning rate of biases and normalization parameters too, as the paper's code does."""
+
+    @model_validator(mode="after")
+    def _trust_bounds_are_ordered(self) -> Self:
+        if self.trust_low > self.trust_high:
+            raise ValueError(refusal(f"trust_low <= trust_high={self.trust_high}", "trust_low", self.trust_low))
+        return self
+
+
+class ScheduleSpec(Section):
+    """Length of the training and the learning rate over it: linear warm-up, then piecewise decay."""
+
+    epochs: int = Field(default=30, ge=1)
+    """Passes over the training data."""
+    warmup: Number = Field(default=0.0, ge=0, lt=1)
+    """Fraction of all rounds over which the learning rate rises linearly from 0."""
+    decay_at: tuple[Number, ...] = (2 / 3, 9 / 10)
+    """Fractions of all rounds after which the learning rate is multiplied by `decay_factor`, in rising order."""
+    decay_factor: Number = Field(default=0.1, gt=0, le=1)
+    """Factor of each decay."""
+
+    @model_validator(mode="after")
+    def _decay_points_rise(self) -> Self:
+        points = self.decay_at
+        if list(points) != sorted(set(points)) or any(not 0 < point < 1 for point in points):
+            raise ValueError(refusal("rising fractions between 0 and 1", "decay_at", list(points)))
+        return self
+
+
+class CodecSpec(Section):
+    """Gradient compression: equations (A5), (A6) and Algorithm A1, lines 7 and 10."""
+
+    name: CodecName = CodecName.RANDOMIZED
+    """`none` (float32), `fp16`, `bf16`, `randomized` (blocks), or `paper` (one l2 norm for all, separate sign bit)."""
+    bits: int = 8
+    """Bits of one element on the wire (randomized: sign included; paper: plus one sign bit): 2 to 8, or 16."""
+    block: int | BlockName = 512
+    """Elements that share one scale: a multiple of 8, `layer`, or `all`; `randomized` only."""
+    scale: ScaleNorm = ScaleNorm.LINF
+    """Norm that scales a block; `randomized` only."""
+    two_sided: bool = False
+    """Encode the average too (Algorithm A1, line 10); otherwise it travels as float32."""
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_are_supported(cls, bits: int) -> int:
+        if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(refusal("2 to 8, or 16", "bits", bits))
+        return bits
+
+    @field_validator("block", mode="before")
+    @classmethod
+    def _block_is_a_length_or_a_name(cls, block: object) -> object:
+        if isinstance(block, str) and block in tuple(BlockName):
+            return BlockName(block)
+        if isinstance(block, int) and not isinstance(block, bool) and 8 <= block <= MAXIMAL_BLOCK and block % 8 == 0:
+            return block
+        raise ValueError(refusal(f"a multiple of 8 from 8 to {MAXIMAL_BLOCK}, layer or all", "block", block))
+
+
+class ExchangeSpec(Section):
+    """How the gradient travels."""
+
+    bucket_bytes: int = Field(default=1 << 20, ge=1 << 10, le=(4 << 20) - (1 << 16))
+    """Upper bound of one message's payload in bytes, in the wider of the two directions."""
+
+
+class EvaluationAttackSpec(Section):
+    """The PGD attack behind robust accuracy (RA)."""
+
+    epsilon: Number | None = Field(default=None, ge=0, le=1)
+    """Radius in pixel units; the training attack's where absent (paper, section 6.1)."""
+    steps: int = Field(default=20, ge=1, le=10000)
+    """Attack steps."""
+    step_size: Number | None = Field(default=None, gt=0)
+    """Step size in pixel units; epsilon / 8 where absent."""
+    random_start: bool = True
+    """Start from a uniform draw in the ball instead of its centre."""
+
+
+class EvaluationSpec(Section):
+    """How the model is judged; its attack is its own, never the training attack."""
+
+    every_epochs: int = Field(default=5, ge=0)
+    """Evaluate during training after so many epochs; 0 evaluates at the end only."""
+    attack: EvaluationAttackSpec = EvaluationAttackSpec()
+    batch: int = Field(default=256, ge=1)
+    """Images per forward pass."""
+
+
+class CheckpointSpec(Section):
+    """When the state is saved."""
+
+    every_epochs: int = Field(default=10, ge=0)
+    """Save after so many epochs; 0 saves at the end (and on SIGTERM) only."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class DeadlineSpec(Section):
+    """After how many seconds waiting ends with an error that says who and what."""
+
+    connect_s: Number = Field(default=60.0, gt=0)
+    """Worker: until every server answers."""
+    join_s: Number = Field(default=120.0, gt=0)
+    """Server: from its first worker's Join until the view is full; worker: until it is admitted."""
+    round_s: Number = Field(default=600.0, gt=0)
+    """Server: from a round's opening until it closes."""
+    hello_s: Number = Field(default=15.0, gt=0)
+    """Server: until a new stream has said who it is."""
+    report_s: Number = Field(default=5.0, gt=0)
+    """Server: how often it says whom it is waiting for."""
+    keepalive_s: Number = Field(default=10.0, gt=0)
+    """Both: interval of the HTTP/2 pings, and how long one may stay unanswered."""
+
+
+class JobSpec(Section):
+    """One training job."""
+
+    job_id: str = Field(default="datps", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the job; a worker that names another one is refused."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of everything random."""
+    workers: int = Field(default=4, ge=1, le=4096)
+    """M: workers that aggregate together."""
+    servers: int = Field(default=1, ge=1, le=256)
+    """S: servers, each with one shard."""
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    attack: AttackSpec = AttackSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    codec: CodecSpec = CodecSpec()
+    exchange: ExchangeSpec = ExchangeSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    deadlines: DeadlineSpec = DeadlineSpec()
+
+    @property
+    def evaluation_attack(self) -> AttackSpec:
+        """The evaluation attack with epsilon and step size resolved."""
+        attack = self.evaluation.attack
+        epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
+        return AttackSpec(
+            name=AttackName.PGD,
+            epsilon=epsilon,
+            steps=attack.steps,
+            step_size=attack.step_size if attack.step_size is not None else max(epsilon / 8, 1e-12),
+            random_start=attack.random_start,
+            batch_norm=BatchNormMode.EVAL,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical form, in hex: two processes with equal digests run the same job."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, every value resolved."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> JobSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            SpecError: the text is not a job spec.
+        """
+        try:
+            return _validated(json.loads(text), "job spec from the server")
+        except json.JSONDecodeError as error:
+            raise SpecError(refusal("a job spec as JSON", "text", text[:40], str(error))) from None
+
+    def to_yaml(self) -> str:
+        """All keys with their resolved values, for `job.yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def spec_keys(model: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[tuple[str, str, object]]:
+    """All dotted keys of a section with (key, help, default), in order of declaration."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from spec_keys(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or "", field.get_default()
+
+
+def environment_name(key: str) -> str:
+    """`codec.two_sided` -> `DATPS_CODEC__TWO_SIDED`."""
+    return ENVIRONMENT_PREFIX + key.replace(".", _NESTED).upper()
+
+
+def load_job_spec(
+    *,
+    yaml_text: str | None = None,
+    yaml_name: str = "YAML",
+    environment: Mapping[str, str] | None = None,
+    settings: Iterable[str] = (),
+    reserved: frozenset[str] = frozenset(),
+) -> JobSpec:
+    """Builds the job spec; precedence `settings` > `environment` > YAML > default.
+
+    Args:
+        yaml_text: the YAML document, a mapping of sections.
+        yaml_name: what error messages call it.
+        environment: `DATPS_*` variables are read from it, `DATPS_CODEC__BITS=4` for `codec.bits`.
+        settings: `dotted.key=value`; values are parsed as YAML scalars or lists.
+        reserved: `DATPS_*` names that belong to a process's own flags and are passed over.
+
+    Raises:
+        SpecError: an unknown key (with the nearest known one), or a value that breaks its rule.
+    """
+    known = [key for key, _, _ in spec_keys()]
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if yaml_text is not None:
+        for key, value in _flatten(_parse_yaml(yaml_text, yaml_name)):
+            _place(merged, sources, known, key, value, yaml_name)
+    by_variable = {environment_name(key): key for key in known}
+    for name, value in sorted((environment or {}).items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in reserved:
+            continue
+        if name not in by_variable:
+            _refuse_unknown("variable", name, list(by_variable), "environment")
+        _place(merged, sources, known, by_variable[name], _scalar(value, name), f"environment {name}")
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise SpecError(refusal("dotted.key=value", "--set", setting))
+        _place(merged, sources, known, key.strip(), _scalar(value, key), "--set")
+    return _validated(merged, "job spec", sources)
+
+
+def _parse_yaml(text: str, name: str) -> Mapping[str, Any]:
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(refusal("valid YAML", "document", name, str(error).replace("\n", " "))) from None
+    if document is None:
+        return {}
+    if not isinstance(document, Mapping):
+        raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
+    return document
+
+
+def _scalar(text: str, name: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(refusal("a YAML value", name, text)) from None
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _place(
+    merged: dict[str, Any], sources: dict[str, str], known: list[str], key: str, value: object, source: str
+) -> None:
+    if key not in known:
+        _refuse_unknown("key", key, known, source)
+    *sections, name = key.split(".")
+    target = merged
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[name] = value
+    sources[key] = source
+
+
+def _refuse_unknown(kind: str, name: str, known: list[str], source: str) -> None:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise SpecError(refusal(f"a known {kind}{hint}", kind, name, source))
+
+
+def _validated(merged: Mapping[str, Any], context: str, sources: Mapping[str, str] | None = None) -> JobSpec:
+    try:
+        return JobSpec.model_validate(merged)
+    except ValidationError as error:
+        lines = [_describe(details, context, sources or {}) for details in error.errors()]
+        raise SpecError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str]) -> str:
+    """One refusal per pydantic error, in the project's form."""
+    key = ".".join(str(part) for part in details["loc"])
+    source = sources.get(key, context)
+    if details["type"] == "value_error":
+        return f"{details['ctx']['error']} ({key or context}, {source})"
+    if details["type"] == "extra_forbidden":
+        known = [name for name, _, _ in spec_keys()]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return refusal(f"a known key; did you mean {nearest[0]}?", "key", key, source)
+    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return refusal(message, key, details["input"], source)

@@ -1,0 +1,1 @@
+"""How servers and workers are started: the `datps` command, the local cluster, containers, recipes."""

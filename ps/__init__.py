@@ -1,0 +1,1 @@
+"""The server: a summation service for the buckets of its shard."""
