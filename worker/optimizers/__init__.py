@@ -1,0 +1,18 @@
+"""Outer minimization oracles (A4): they update a flat parameter vector with the average gradient."""
+
+from __future__ import annotations
+
+from common.config import OptimizerName, OptimizerSpec
+from worker.optimizers.base import LayerRule, Optimizer, layer_rules
+from worker.optimizers.flat import FlatParameters, Layer
+from worker.optimizers.lamb import Lamb
+from worker.optimizers.sgd import Sgd
+
+__all__ = ["FlatParameters", "Lamb", "Layer", "LayerRule", "Optimizer", "Sgd", "layer_rules", "make_optimizer"]
+
+_OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {OptimizerName.LAMB: Lamb, OptimizerName.SGD: Sgd}
+
+
+def make_optimizer(spec: OptimizerSpec, parameters: FlatParameters) -> Optimizer:
+    """The optimizer that `spec` describes, with a fresh state beside `parameters`."""
+    return _OPTIMIZERS[spec.name](spec, parameters.layers, parameters.theta.device)

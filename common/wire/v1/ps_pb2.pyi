@@ -116,8 +116,8 @@ class Readiness(_message.Message):
     parameter_digest: bytes
     round: int
     samples: int
-    classes: int
-    def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., parameter_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[int] = ...) -> None: ...
+    classes: str
+    def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., parameter_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[str] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "shape", "buffer")
@@ -194,13 +194,13 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_id", "worker_index", "shard", "tensors", "layout_digest", "round")
+    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_ids", "worker_index", "shard", "tensors", "layout_digest", "round")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     JOB_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
     WORKER_INDEX_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -211,13 +211,13 @@ class Hello(_message.Message):
     job_digest: bytes
     view: int
     coordinator_incarnation: int
-    worker_id: str
+    worker_ids: _containers.RepeatedScalarFieldContainer[str]
     worker_index: int
     shard: int
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     layout_digest: bytes
     round: int
-    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_id: _Optional[str] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("view", "round", "bucket", "codec", "scales", "payload", "parameter_digest", "incarnation")

@@ -1,0 +1,86 @@
+"""One peer's stream at the server: a bounded outbox, and a handler that ends when either side does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from common.wire.rpc import Malformed
+
+Outgoing = Message | bytes
+
+
+class Outbox:
+    """Messages for one peer. A peer that does not read fills its own outbox and nobody else's."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: messages that may wait; a peer within the protocol never needs as many."""
+        self.closed = False
+        self._limit = limit
+        self._queue: asyncio.Queue[Outgoing | None] = asyncio.Queue()
+
+    def put(self, message: Outgoing) -> None:
+        """Queues a message; closes the outbox if the peer has stopped reading."""
+        if self.closed:
+            return
+        if self._queue.qsize() >= self._limit:
+            self.close()
+            return
+        self._queue.put_nowait(message)
+
+    def close(self) -> None:
+        """Ends the stream once everything queued has been written."""
+        if not self.closed:
+            self.closed = True
+            self._queue.put_nowait(None)
+
+    async def drain(self, context: grpc.aio.ServicerContext) -> None:
+        """Writes until the outbox is closed and empty."""
+        while (message := await self._queue.get()) is not None:
+            await context.write(message)
+
+
+Reader = Callable[[AsyncIterator[Any], Outbox], Awaitable[None]]
+
+
+async def serve_stream(
+    requests: AsyncIterator[Any], context: grpc.aio.ServicerContext, outbox: Outbox, read: Reader
+) -> None:
+    """Runs a bidirectional stream: `read` consumes requests while the outbox is written.
+
+    It ends when `read` returns and the outbox has been written, or when the outbox has been closed and written
+    (`read` is cancelled then), or when the peer goes.
+    """
+    reader = asyncio.ensure_future(read(requests, outbox))
+    writer = asyncio.ensure_future(outbox.drain(context))
+    try:
+        await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        if reader.done() and not reader.exception():
+            outbox.close()
+            await writer
+    finally:
+        for task in (reader, writer):
+            task.cancel()
+        results = await asyncio.gather(reader, writer, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, (grpc.RpcError, grpc.aio.UsageError)):
+            raise result
+
+
+async def first_message(requests: AsyncIterator[Any], deadline_s: float) -> Any:
+    """The next message of a stream; None if it ended or said nothing within the deadline."""
+    try:
+        return await asyncio.wait_for(anext(requests), deadline_s)
+    except (StopAsyncIteration, TimeoutError):
+        return None
+
+
+def kind_of(message: Any) -> str:
+    """Which member of its oneof a message carries; `malformed` for bytes that were none."""
+    if isinstance(message, Malformed):
+        return "malformed"
+    return message.WhichOneof("kind") or "malformed"

@@ -1,0 +1,141 @@
+"""Checkpoints: a folder `round-000150` with `state.safetensors` and `state.json`.
+
+Both are written under a temporary name, flushed to the disk and renamed together, so a checkpoint is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.config import JobSpec
+from common.errors import CheckpointError, SpecError, refusal
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "state.safetensors", "state.json"
+_NAME = re.compile(r"round-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A saved state: after `round` rounds, of `rounds` in all."""
+
+    path: Path
+    spec: JobSpec
+    round: int
+    rounds: int
+    classes: int
+    in_channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def checkpoint_name(round_: int) -> str:
+    """`round-000150`."""
+    return f"round-{round_:06d}"
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, keep: int) -> Path:
+    """Saves a state as `<folder>/round-<round>`, and removes all but the `keep` newest.
+
+    Args:
+        folder: `checkpoints/` of a run.
+        tensors: on the CPU.
+        description: JSON-able: round, rounds, spec (a mapping) and what `Checkpoint` names beside them.
+        keep: how many to keep, at least 1.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / checkpoint_name(description["round"])
+    temporary = folder / f".{path.name}.{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        save_file(dict(tensors), temporary / TENSORS)
+        content = {"format": FORMAT, **description, "tensors_xxh3_128": _digest(temporary / TENSORS)}
+        (temporary / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+        for file in temporary.iterdir():
+            _flush(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means: the folder itself, or the newest one of a run folder.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if (path / DESCRIPTION).is_file() or (path / TENSORS).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (found := _all(folder)):
+            return found[-1]
+    raise SpecError(refusal("a checkpoint, or a run folder with checkpoints", "path", path, "none found"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads and checks a checkpoint; nothing is unpickled.
+
+    Raises:
+        CheckpointError: cut off, damaged, or of an unknown format.
+    """
+    try:
+        description = json.loads((path / DESCRIPTION).read_text())
+        if description["format"] != FORMAT:
+            raise CheckpointError(refusal(f"format={FORMAT}", "format", description["format"], str(path)))
+        expected, got = description["tensors_xxh3_128"], _digest(path / TENSORS)
+        if expected != got:
+            raise CheckpointError(refusal(f"tensors_xxh3_128={expected}", "tensors_xxh3_128", got, f"damaged: {path}"))
+        return Checkpoint(
+            path=path,
+            spec=JobSpec.from_json(json.dumps(description["spec"])),
+            tensors=load_file(path / TENSORS),
+            mean=tuple(description["mean"]),
+            std=tuple(description["std"]),
+            **{name: int(description[name]) for name in ("round", "rounds", "classes", "in_channels", "image_size")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, SpecError) as error:
+        kind = type(error).__name__
+        raise CheckpointError(refusal("a whole checkpoint", "path", path, f"{kind}: {error}")) from None
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _digest(file: Path) -> str:
+    state = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            state.update(part)
+    return state.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Asks the operating system to write a file or folder out; some file systems cannot for folders."""
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,327 @@
+"""The worker process: join, train, leave; signals, exit codes, events."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grpc
+import torch
+
+from common.config import JobSpec, load_job_spec
+from common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DatpsError, SpecError, refusal
+from common.events import Emitter
+from common.layout import plan_layout
+from common.wire.v1 import ps_pb2 as wire
+from worker.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from worker.data import BatchPlan, Dataset
+from worker.datasets import load_dataset
+from worker.evaluation import evaluate
+from worker.exchange.coordination import Admission, Coordination, ReadyReplica, connect
+from worker.exchange.ps import ParameterServerExchange
+from worker.models import build_model
+from worker.record import RunFolder, RunRecorder, accuracies
+from worker.replica import Replica, load_model
+from worker.trainer import Trainer
+
+KEEPALIVE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """What belongs to one worker process.
+
+    Attributes:
+        server: host:port of the coordinator.
+        worker_id: stable name.
+        job_id: refuse to join another job; None joins whatever job the server has.
+        data: data folder, if the data set needs one.
+        download: fetch the data set if it is missing.
+        device: `cpu`, `cuda`, `cuda:1`.
+        threads: of the CPU; None leaves it to torch.
+        out: run folder to write to; None writes nothing.
+        resume: a checkpoint, or a run folder, to go on from.
+        connect_s: how long to wait for a server to answer.
+    """
+
+    server: str
+    worker_id: str
+    job_id: str | None = None
+    data: Path | None = None
+    download: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    connect_s: float = 60.0
+
+
+class Stopped(BaseException):
+    """A signal came while nothing had to be saved yet."""
+
+
+class StopFlag:
+    """SIGTERM and Ctrl-C: at once while joining, after the round while training, at once if they come again."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self.training = False
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handles signals in the main thread; elsewhere they are not ours."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, self._on_signal) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED
+        if self.exit_code is not None:
+            os._exit(code)
+        self.exit_code = code
+        if not self.training:
+            raise Stopped
+
+
+def run(options: WorkerOptions, emit: Emitter) -> int:
+    """Takes part in one job; returns the exit code when the training is complete, stopped or failed."""
+    stop = StopFlag()
+    with stop.handling_signals():
+        try:
+            return _work(options, emit, stop)
+        except DatpsError as error:
+            emit("error", text=str(error), exit_code=error.exit_code)
+            return error.exit_code
+        except Stopped:
+            emit("stopping", text="stopped before the training began")
+            return stop.exit_code or EXIT_TERMINATED
+
+
+def evaluate_checkpoint(
+    path: Path, *, settings: Sequence[str], data: Path | None, device: str, threads: int | None
+) -> dict[str, Any]:
+    """TA and RA of a checkpoint, on its job's test data and with its evaluation attack unless `settings` say otherwise.
+
+    Raises:
+        SpecError: no checkpoint there, a bad setting or device.
+        CheckpointError: the checkpoint is damaged.
+        DataError: the test data is missing.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    spec = load_job_spec(yaml_text=checkpoint.spec.to_yaml(), yaml_name=str(checkpoint.path), settings=settings)
+    target = _device(device, threads)
+    dataset = load_dataset(spec.data, root=data)
+    model = build_model(
+        spec.model,
+        in_channels=checkpoint.in_channels,
+        image_size=checkpoint.image_size,
+        classes=checkpoint.classes,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        seed=spec.seed,
+    )
+    load_model(model, checkpoint.tensors)
+    attack = spec.evaluation_attack
+    evaluation = evaluate(
+        model.to(target), dataset.test, attack, batch=spec.evaluation.batch, seed=spec.seed, device=target
+    )
+    return {
+        "checkpoint": str(checkpoint.path),
+        "round": checkpoint.round,
+        "rounds": checkpoint.rounds,
+        "model": spec.model.name.value,
+        "data": spec.data.name.value,
+        "samples": evaluation.samples,
+        **accuracies(evaluation),
+        "attack": attack.model_dump(mode="json"),
+    }
+
+
+def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
+    device = _device(options.device, options.threads)
+    checkpoint = load_checkpoint(find_checkpoint(options.resume)) if options.resume else None
+    emit("connecting", address=options.server)
+    with ExitStack() as stack:
+        channel = connect(options.server, options.connect_s, KEEPALIVE_S)
+        stack.callback(channel.close)
+        coordination = Coordination(channel, options.server, options.worker_id, emit)
+        stack.callback(coordination.close)
+        spec = coordination.introduce(options.job_id)
+        model = f"{spec.model.name} on {spec.data.name}"
+        emit("offered", job_id=spec.job_id, model=model, workers=spec.workers, servers=spec.servers)
+        job = _Job(options, emit, stop, spec, device, checkpoint)
+        admission = coordination.get_ready(job.ready_replica())
+        channels = [channel]
+        for address in admission.shard_addresses[1:]:
+            channels.append(connect(address, options.connect_s, spec.deadlines.keepalive_s))
+            stack.callback(channels[-1].close)
+        complete = job.train(coordination, admission, channels)
+    if not complete:
+        emit("stopping", text=f"state saved after round {job.round}")
+        return stop.exit_code or EXIT_TERMINATED
+    job.finish()
+    return 0
+
+
+class _Job:
+    """One worker's part of one job, from the job spec on."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        emit: Emitter,
+        stop: StopFlag,
+        spec: JobSpec,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._options, self._emit, self._stop = options, emit, stop
+        self._spec, self._device = spec, device
+        self.round = checkpoint.round if checkpoint else 0
+        self._dataset = load_dataset(spec.data, root=options.data, download=options.download)
+        self._replica = Replica(_model(spec, self._dataset).to(device), spec.optimizer)
+        if checkpoint:
+            self._replica.load_state(checkpoint.tensors)
+        self._layout = plan_layout(self._replica.tensors, spec)
+        self._folder = None
+        if options.out:
+            self._folder = RunFolder(options.out, resumed_round=checkpoint.round if checkpoint else None)
+        self._recorder: RunRecorder | None = None
+
+    def ready_replica(self) -> ReadyReplica:
+        """What the worker says of itself when it is ready."""
+        return ReadyReplica(
+            layout=self._layout,
+            parameter_digest=self._replica.full_digest(),
+            round=self.round,
+            samples=len(self._dataset.train.labels),
+            classes=_describe_classes(self._dataset),
+        )
+
+    def train(self, coordination: Coordination, admission: Admission, channels: Sequence[grpc.Channel]) -> bool:
+        """Runs all rounds, then leaves in good order; True if the training is complete."""
+        exchange = ParameterServerExchange(
+            layout=self._layout,
+            spec=self._spec,
+            admission=admission,
+            channels=channels,
+            first_round=self.round,
+            emit=self._emit,
+        )
+        coordination.watch(exchange.fail)
+        ending, text = wire.ENDING_FAILED, "a defect; see the worker's log"
+        try:
+            trainer = self._trainer(exchange, admission)
+            self._stop.training = True
+            complete = trainer.run()
+            self.round = trainer.round
+            ending, text = (wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED), ""
+        except DatpsError as error:
+            text = str(error)
+            raise
+        finally:
+            self._stop.training = False
+            exchange.close(ending, text)
+            coordination.leave(ending, text)
+        return complete
+
+    def finish(self) -> None:
+        """Evaluates the trained model on the whole test set, if there is a run folder to say so in."""
+        if not self._folder or not self._recorder:
+            return
+        evaluation = evaluate(
+            self._replica.model,
+            self._dataset.test,
+            self._spec.evaluation_attack,
+            batch=self._spec.evaluation.batch,
+            seed=self._spec.seed,
+            device=self._device,
+        )
+        self._recorder.finish(evaluation)
+
+    def _trainer(self, exchange: ParameterServerExchange, admission: Admission) -> Trainer:
+        spec, dataset = self._spec, self._dataset
+        plan = BatchPlan(
+            samples_by_worker=admission.samples,
+            split=spec.data.split,
+            batch_per_worker=spec.data.batch_per_worker,
+            workers=spec.workers,
+            seed=spec.seed,
+        )
+        rounds = spec.schedule.epochs * plan.rounds_per_epoch
+        self._recorder = RunRecorder(
+            emit=self._emit, spec=spec, replica=self._replica, dataset=dataset, rounds=rounds, folder=self._folder
+        )
+        self._emit(
+            "admitted",
+            worker_index=admission.worker_index,
+            workers=spec.workers,
+            view=admission.view,
+            parameters=self._layout.d,
+            rounds=rounds,
+            device=str(self._device),
+            model=spec.model.name.value,
+            data=spec.data.name.value,
+        )
+        return Trainer(
+            spec=spec,
+            replica=self._replica,
+            dataset=dataset,
+            plan=plan,
+            worker_index=admission.worker_index,
+            exchange=exchange,
+            device=self._device,
+            recorder=self._recorder,
+            stop_requested=lambda: self._stop.exit_code is not None,
+            first_round=self.round,
+        )
+
+
+def _model(spec: JobSpec, dataset: Dataset) -> torch.nn.Module:
+    return build_model(
+        spec.model,
+        in_channels=dataset.in_channels,
+        image_size=dataset.image_size,
+        classes=len(dataset.classes),
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=spec.seed,
+    )
+
+
+def _describe_classes(dataset: Dataset) -> str:
+    """How many classes, and a digest of their names: workers must agree on both."""
+    digest = hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest()[:16]
+    return f"{len(dataset.classes)} classes, sha256 {digest}"
+
+
+def _device(name: str, threads: int | None) -> torch.device:
+    """The device, with torch's settings for reproducible results."""
+    if threads is not None:
+        if threads < 1:
+            raise SpecError(refusal("at least 1 thread", "threads", threads))
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise SpecError(refusal("a device that torch has here", "device", name, reason)) from None
+    return device

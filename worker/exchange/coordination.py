@@ -1,0 +1,192 @@
+"""The worker's side of the control plane: Join and Leave."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from common.config import JobSpec
+from common.errors import MismatchError, PeerLostError, refusal
+from common.events import Emitter
+from common.layout import Layout, TensorSpec
+from common.wire import rpc
+from common.wire.v1 import ps_pb2 as wire
+
+LEAVE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """This worker's place in the view."""
+
+    worker_index: int
+    view: int
+    worker_ids: tuple[str, ...]
+    samples: tuple[int, ...]
+    shard_addresses: tuple[str, ...]
+    coordinator_incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyReplica:
+    """What a worker says of itself when it is ready."""
+
+    layout: Layout
+    parameter_digest: bytes
+    round: int
+    samples: int
+    classes: str
+
+
+def connect(address: str, deadline_s: float, keepalive_s: float) -> grpc.Channel:
+    """Opens a channel and waits until its server answers.
+
+    Raises:
+        PeerLostError: no server answers within the deadline.
+    """
+    channel = grpc.insecure_channel(address, options=rpc.channel_options(keepalive_s))
+    try:
+        grpc.channel_ready_future(channel).result(timeout=deadline_s)
+    except grpc.FutureTimeoutError:
+        channel.close()
+        raise PeerLostError(refusal(f"a server that answers within {deadline_s:g} s", "server", address)) from None
+    return channel
+
+
+class Coordination:
+    """One worker's Join stream: opened at the start, open until it leaves."""
+
+    def __init__(self, channel: grpc.Channel, address: str, worker_id: str, emit: Emitter) -> None:
+        self._channel = channel
+        self._address = address
+        self._worker_id = worker_id
+        self._emit = emit
+        self._incarnation = 0
+        self._view = 0
+        self._outgoing: queue.SimpleQueue[wire.JoinRequest | None] = queue.SimpleQueue()
+        self._responses = rpc.stub(channel, rpc.COORDINATOR, "Join")(self._requests())
+        self._watcher: threading.Thread | None = None
+        self._left = False
+
+    def introduce(self, job_id: str | None) -> JobSpec:
+        """Says who we are; returns the job spec.
+
+        Raises:
+            MismatchError: the server refuses us.
+            PeerLostError: the server is gone.
+        """
+        introduction = wire.Introduction(
+            protocol_version=rpc.PROTOCOL_VERSION, job_id=job_id or "", worker_id=self._worker_id
+        )
+        self._outgoing.put(wire.JoinRequest(introduction=introduction))
+        offer = self._await("offer").offer
+        self._incarnation = offer.incarnation
+        return JobSpec.from_json(offer.job_spec)
+
+    def get_ready(self, replica: ReadyReplica) -> Admission:
+        """Says that the replica is built; returns once the view has formed.
+
+        Raises:
+            MismatchError: the replica differs from the other workers'.
+            PeerLostError: the server is gone, or the other workers did not come in time.
+        """
+        readiness = wire.Readiness(
+            tensors=tensor_messages(replica.layout.tensors),
+            layout_digest=replica.layout.digest(),
+            parameter_digest=replica.parameter_digest,
+            round=replica.round,
+            samples=replica.samples,
+            classes=replica.classes,
+        )
+        self._outgoing.put(wire.JoinRequest(readiness=readiness))
+        admission = self._await("admission").admission
+        self._view = admission.view
+        return Admission(
+            worker_index=admission.worker_index,
+            view=admission.view,
+            worker_ids=tuple(admission.worker_ids),
+            samples=tuple(admission.samples),
+            shard_addresses=tuple(admission.shard_addresses) or (self._address,),
+            coordinator_incarnation=self._incarnation,
+        )
+
+    def watch(self, aborted: Callable[[str, bool], None]) -> None:
+        """From now on calls `aborted(text, retry)` if the server ends the job or is gone."""
+
+        def read() -> None:
+            try:
+                for response in self._responses:
+                    if response.WhichOneof("kind") == "abort":
+                        aborted(response.abort.text, response.abort.retry)
+                        return
+                text = f"server {self._address} closed the Join stream"
+            except grpc.RpcError as error:
+                text = f"server {self._address} is gone: {status_text(error)}"
+            if not self._left:
+                aborted(text, True)
+
+        self._watcher = threading.Thread(target=read, name="join", daemon=True)
+        self._watcher.start()
+
+    def leave(self, ending: wire.Ending, text: str = "") -> None:
+        """Ends our part; a server that is gone is no error any more."""
+        self._left = True
+        if self._view:
+            request = wire.LeaveRequest(
+                worker_id=self._worker_id, view=self._view, incarnation=self._incarnation, ending=ending, text=text
+            )
+            try:
+                rpc.stub(self._channel, rpc.COORDINATOR, "Leave")(request, timeout=LEAVE_S)
+            except grpc.RpcError as error:
+                self._emit("stopping", text=f"Leave was not heard: {status_text(error)}")
+        self.close()
+
+    def close(self) -> None:
+        """Ends the Join stream; without `leave` before it, the server takes us for lost."""
+        self._left = True
+        self._outgoing.put(None)
+        self._responses.cancel()
+
+    def _requests(self) -> Iterator[wire.JoinRequest]:
+        while (request := self._outgoing.get()) is not None:
+            yield request
+
+    def _await(self, kind: str) -> wire.JoinResponse:
+        started_s = time.monotonic()
+        try:
+            for response in self._responses:
+                match response.WhichOneof("kind"):
+                    case "waiting":
+                        self._report(response.waiting)
+                    case "refusal":
+                        raise MismatchError(f"{self._address} refuses: {response.refusal.text}")
+                    case "abort":
+                        error = PeerLostError if response.abort.retry else MismatchError
+                        raise error(response.abort.text)
+                    case received if received == kind:
+                        return response
+        except grpc.RpcError as error:
+            raise PeerLostError(f"server {self._address} is gone: {status_text(error)}") from None
+        waited_s = time.monotonic() - started_s
+        raise PeerLostError(f"server {self._address} closed the Join stream after {waited_s:.1f} s, before any {kind}")
+
+    def _report(self, waiting: wire.Waiting) -> None:
+        missing = [*waiting.worker_ids, *([f"{waiting.missing} more to join"] if waiting.missing else [])]
+        self._emit("waiting", missing=missing, waited_s=waiting.waited_s, round=waiting.round)
+
+
+def tensor_messages(tensors: tuple[TensorSpec, ...]) -> list[wire.Tensor]:
+    """The layout's input as it travels."""
+    return [wire.Tensor(name=t.name, shape=t.shape, buffer=t.buffer) for t in tensors]
+
+
+def status_text(error: grpc.RpcError) -> str:
+    """Code and first line of a gRPC error."""
+    code = error.code().name if hasattr(error, "code") and error.code() else "UNKNOWN"
+    details = (error.details() or "") if hasattr(error, "details") else ""
+    return f"{code} {details.splitlines()[0] if details else ''}".strip()

@@ -1,0 +1,110 @@
+"""What the outer minimization oracles (A4) have in common: rules per layer, and a state that is saved and loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.config import OptimizerSpec
+from common.errors import CheckpointError, refusal
+from worker.optimizers.flat import Layer
+
+_COUNT = "t"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """Whether one layer's weights are decayed and, with LAMB, its learning rate adapted."""
+
+    name: str
+    decayed: bool
+    adapted: bool
+
+
+def layer_rules(spec: OptimizerSpec, layers: Sequence[Layer]) -> tuple[LayerRule, ...]:
+    """The explicit table: one rule per layer; only tensors of at most one dimension can be exempt."""
+    return tuple(
+        LayerRule(
+            name=layer.name,
+            decayed=spec.weight_decay > 0 and (spec.decay_one_dimensional or not layer.one_dimensional),
+            adapted=spec.adapt_one_dimensional or not layer.one_dimensional,
+        )
+        for layer in layers
+    )
+
+
+class Optimizer(ABC):
+    """Updates a flat parameter vector in place; same state, parameters, gradient and learning rate give the same bits.
+
+    The order of operations is fixed and none of them depends on the number of threads, so replicas on like hardware
+    stay identical.
+    """
+
+    rules: tuple[LayerRule, ...]
+    t: int
+    """Updates made so far."""
+
+    def __init__(self, spec: OptimizerSpec, layers: Sequence[Layer], device: torch.device | str = "cpu") -> None:
+        """State is allocated on `device`, that of the parameters."""
+        self.spec = spec
+        self.rules = layer_rules(spec, layers)
+        self.t = 0
+        self._lengths = [layer.length for layer in layers]
+        self._decayed = [index for index, rule in enumerate(self.rules) if rule.decayed]
+        self._scratch = torch.zeros(sum(self._lengths), dtype=torch.float32, device=device)
+        self._scratch_layers = self._scratch.split(self._lengths)
+        self._moments = {name: torch.zeros_like(self._scratch) for name in self.moment_names(spec)}
+
+    @staticmethod
+    @abstractmethod
+    def moment_names(spec: OptimizerSpec) -> tuple[str, ...]:
+        """Names of the vectors that the state consists of, besides the count."""
+
+    @abstractmethod
+    def update(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
+        """One update (A4).
+
+        Args:
+            theta: float32 [d], updated in place.
+            gradient: float32 [d], the average of (A3); only read.
+            learning_rate: eta_t of this round.
+        """
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state: vectors of d float32 (the live ones, not copies) and the count `t` as an int64 scalar."""
+        return {**self._moments, _COUNT: torch.tensor(self.t, dtype=torch.int64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_tensors` gave, copying.
+
+        Raises:
+            CheckpointError: another set of names, shapes or dtypes; nothing has been taken over then.
+        """
+        expected = self.state_tensors()
+        if set(state) != set(expected):
+            raise CheckpointError(refusal(f"tensors {sorted(expected)}", "tensors", sorted(state), "optimizer state"))
+        for name, tensor in expected.items():
+            given = (tuple(state[name].shape), state[name].dtype)
+            if given != (tuple(tensor.shape), tensor.dtype):
+                rule = f"shape {tuple(tensor.shape)} and {tensor.dtype}"
+                raise CheckpointError(refusal(rule, name, given, "optimizer state"))
+        count = int(state[_COUNT])
+        if count < 0:
+            raise CheckpointError(refusal("a count >= 0", _COUNT, count, "optimizer state"))
+        for name, moment in self._moments.items():
+            moment.copy_(state[name])
+        self.t = count
+
+    def _add_decay(self, theta: Tensor) -> None:
+        """Adds weight_decay * theta onto the scratch vector, in the layers that are decayed."""
+        if self._decayed:
+            theta_layers = theta.split(self._lengths)
+            torch._foreach_add_(
+                [self._scratch_layers[index] for index in self._decayed],
+                [theta_layers[index] for index in self._decayed],
+                alpha=self.spec.weight_decay,
+            )

@@ -1,0 +1,172 @@
+"""What a worker leaves behind: events, and in its run folder rounds.jsonl, checkpoints and result.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from common.config import JobSpec
+from common.errors import SpecError, refusal
+from common.events import Emitter
+from worker.checkpoint import save_checkpoint
+from worker.data import Dataset
+from worker.evaluation import Evaluation
+from worker.replica import Replica
+from worker.trainer import RoundReport
+
+ROUNDS, RESULT, CHECKPOINTS = "rounds.jsonl", "result.json", "checkpoints"
+_SUMS = ("attack_s", "compute_s", "communication_s", "evaluation_s", "round_s", "pushed_bytes", "pulled_bytes")
+
+
+class RunFolder:
+    """The files of one worker's run."""
+
+    def __init__(self, path: Path, *, resumed_round: int | None) -> None:
+        """
+        Args:
+            path: the run folder; created if absent.
+            resumed_round: rounds that are done already; None for a new run.
+
+        Raises:
+            SpecError: the folder holds a run and we do not resume it, or it cannot be written.
+        """
+        self.path = path
+        self._rounds = path / ROUNDS
+        if resumed_round is None and self._rounds.exists():
+            raise SpecError(refusal("a folder without a run (or --resume)", "out", path, f"it has {ROUNDS}"))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._lines() if line["round"] <= (resumed_round or 0)]
+            self._rounds.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise SpecError(refusal("a folder that can be written", "out", path, error.strerror or "")) from None
+        self.seconds_before = sum(line["round_s"] for line in kept)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds one line to rounds.jsonl."""
+        with self._rounds.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def sums(self) -> dict[str, float]:
+        """Sums over all rounds of the run, also those before a resume."""
+        lines = self._lines()
+        return {name: sum(line[name] for line in lines) for name in _SUMS}
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json under a temporary name, then renames it."""
+        temporary = self.path / f".{RESULT}.{os.getpid()}"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.rename(self.path / RESULT)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self._rounds.exists():
+            return []
+        return list(_whole_lines(self._rounds.read_text().splitlines()))
+
+
+class RunRecorder:
+    """Tells a trainer's progress as events, and keeps it if there is a run folder."""
+
+    def __init__(
+        self,
+        *,
+        emit: Emitter,
+        spec: JobSpec,
+        replica: Replica,
+        dataset: Dataset,
+        rounds: int,
+        folder: RunFolder | None,
+    ) -> None:
+        self._emit = emit
+        self._spec = spec
+        self._replica = replica
+        self._dataset = dataset
+        self._rounds = rounds
+        self._folder = folder
+        self._seconds = folder.seconds_before if folder else 0.0
+        self._pending: Evaluation | None = None
+
+    def round_closed(self, report: RoundReport) -> None:
+        """See `worker.trainer.Recorder`."""
+        self._seconds += report.round_s
+        line = {**dataclasses.asdict(report), "seconds": self._seconds}
+        line = {name: round(v, 6) if isinstance(v, float) else v for name, v in line.items()}
+        if self._folder:
+            self._folder.append(line)
+        self._emit("round", **line)
+
+    def evaluated(self, round_: int, evaluation: Evaluation) -> None:
+        """See `worker.trainer.Recorder`."""
+        self._emit("evaluation", round=round_, samples=evaluation.samples, **accuracies(evaluation))
+
+    def save(self, round_: int) -> None:
+        """See `worker.trainer.Recorder`; without a run folder nothing is saved."""
+        if not self._folder:
+            return
+        description = {
+            "round": round_,
+            "rounds": self._rounds,
+            "spec": self._spec.model_dump(mode="json"),
+            "classes": len(self._dataset.classes),
+            "in_channels": self._dataset.in_channels,
+            "image_size": self._dataset.image_size,
+            "mean": self._dataset.mean,
+            "std": self._dataset.std,
+            "parameter_digest": self._replica.parameter_digest().hex(),
+            "versions": versions(),
+        }
+        tensors, keep = self._replica.state_tensors(), self._spec.checkpoint.keep
+        path = save_checkpoint(self._folder.path / CHECKPOINTS, tensors, description, keep=keep)
+        self._emit("checkpoint", round=round_, path=str(path))
+
+    def finish(self, evaluation: Evaluation) -> None:
+        """Writes and tells the result of a complete training."""
+        if not self._folder:
+            return
+        sums, rounds = self._folder.sums(), self._rounds
+        result = {
+            "job_id": self._spec.job_id,
+            **accuracies(evaluation),
+            "samples": evaluation.samples,
+            "rounds": rounds,
+            "workers": self._spec.workers,
+            "servers": self._spec.servers,
+            "parameters": self._replica.parameters.theta.numel(),
+            "pushed_bytes_per_round": sums["pushed_bytes"] / rounds,
+            "pulled_bytes_per_round": sums["pulled_bytes"] / rounds,
+            "seconds": round(sums["round_s"], 3),
+            "attack_seconds": round(sums["attack_s"], 3),
+            "compute_seconds": round(sums["compute_s"], 3),
+            "communication_seconds": round(sums["communication_s"], 3),
+            "evaluation_seconds": round(sums["evaluation_s"], 3),
+            "parameter_digest": self._replica.parameter_digest().hex(),
+            "versions": versions(),
+        }
+        self._folder.write_result(result)
+        self._emit("result", **result)
+
+
+def accuracies(evaluation: Evaluation) -> dict[str, float]:
+    """TA and RA as fractions."""
+    return {"clean_accuracy": evaluation.clean_accuracy, "robust_accuracy": evaluation.robust_accuracy}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what determines the numbers."""
+    names = ("datps", "torch", "torchvision", "numpy", "grpcio", "protobuf")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _whole_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """Lines up to the first that was cut off by the end of its process."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
