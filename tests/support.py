@@ -1,0 +1,185 @@
+"""What many tests need: real servers on an event loop of their own, and workers of threads that speak to them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from common.config import JobSpec, load_job_spec
+from common.events import Emitter
+from common.layout import Layout, TensorSpec, plan_layout
+from common.wire.v1 import ps_pb2 as wire
+from ps.outcome import Outcome
+from ps.server import Server, ServerOptions
+from worker.exchange.coordination import Admission, Coordination, ReadyReplica, connect
+from worker.exchange.ps import ParameterServerExchange
+
+DEADLINE_S = 20.0
+TENSORS = (
+    TensorSpec(name="conv.weight", shape=(24, 7, 3, 3), buffer=False),
+    TensorSpec(name="conv.bias", shape=(24,), buffer=False),
+    TensorSpec(name="fc.weight", shape=(10, 331), buffer=False),
+    TensorSpec(name="bn.running_mean", shape=(24,), buffer=True),
+    TensorSpec(name="@metrics", shape=(7,), buffer=True),
+)
+"""A small layout with tensors of odd sizes."""
+
+
+def job(*settings: str) -> JobSpec:
+    """A job spec with short deadlines and `settings` on top."""
+    defaults = ("deadlines.join_s=20", "deadlines.round_s=20", "deadlines.report_s=5", "deadlines.hello_s=10")
+    return load_job_spec(settings=(*defaults, *settings))
+
+
+@dataclass
+class RunningServer:
+    """A server on the event loop of a thread."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+    log: io.StringIO
+    outcome: Future[Outcome] = field(default_factory=Future)
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What it has emitted so far."""
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Runs a function on the server's event loop, soon."""
+        self.loop.call_soon_threadsafe(function, *arguments)
+
+
+@contextmanager
+def running_server(spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = ()) -> Iterator[RunningServer]:
+    """A server of one shard on a free port of 127.0.0.1; ended on leaving, whatever happened."""
+    started: Future[RunningServer] = Future()
+    log = io.StringIO()
+
+    async def serve() -> None:
+        options = ServerOptions(
+            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=tuple(shard_addresses)
+        )
+        server = Server(options, Emitter(f"server-{shard}", as_json=True, stream=log))
+        running = RunningServer(server=server, loop=asyncio.get_running_loop(), log=log)
+        await server.start()
+        started.set_result(running)
+        running.outcome.set_result(await server.serve())
+
+    def main() -> None:
+        try:
+            asyncio.run(serve())
+        except Exception as error:
+            if not started.done():
+                started.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=main, name=f"server-{shard}", daemon=True)
+    thread.start()
+    running = started.result(DEADLINE_S)
+    try:
+        yield running
+    finally:
+        if thread.is_alive():
+            running.call(running.server.end, Outcome(exit_code=75, text="the test is over"))
+        thread.join(DEADLINE_S)
+
+
+@contextmanager
+def running_servers(spec: JobSpec) -> Iterator[list[RunningServer]]:
+    """All servers of a job; shard 0 knows the others' addresses."""
+    with ExitStack() as stack:
+        others = [stack.enter_context(running_server(spec, shard=shard)) for shard in range(1, spec.servers)]
+        addresses = ["coordinator", *(server.address for server in others)] if others else []
+        first = stack.enter_context(running_server(spec, shard_addresses=addresses))
+        yield [first, *others]
+
+
+@dataclass
+class Member:
+    """One worker of a thread: admitted, its exchange open."""
+
+    admission: Admission
+    coordination: Coordination
+    exchange: ParameterServerExchange
+    layout: Layout
+    channels: list[grpc.Channel]
+
+    def leave(self, ending: Any = wire.ENDING_COMPLETED, text: str = "") -> None:
+        """Ends in good order."""
+        self.exchange.close(ending, text)
+        self.coordination.leave(ending, text)
+
+    def vanish(self) -> None:
+        """Ends without a word, as a killed process would."""
+        for channel in self.channels:
+            channel.close()
+
+
+def silent() -> Emitter:
+    """An emitter that nobody reads."""
+    return Emitter("test", as_json=True, stream=io.StringIO())
+
+
+def introduce(address: str, worker_id: str) -> tuple[grpc.Channel, Coordination, JobSpec]:
+    """The first half of a join."""
+    channel = connect(address, DEADLINE_S, 10.0)
+    coordination = Coordination(channel, address, worker_id, silent())
+    return channel, coordination, coordination.introduce(None)
+
+
+def ready(layout: Layout, **changes: Any) -> ReadyReplica:
+    """What a well-behaved worker says of itself, with `changes`."""
+    values = {"layout": layout, "parameter_digest": b"p" * 16, "round": 0, "samples": 100, "classes": "10 classes"}
+    return ReadyReplica(**{**values, **changes})
+
+
+def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, round_: int = 0) -> Member:
+    """A whole join; returns when the view has formed."""
+    channel, coordination, spec = introduce(address, worker_id)
+    layout = plan_layout(tensors, spec)
+    admission = coordination.get_ready(ready(layout, round=round_))
+    others = [connect(shard_address, DEADLINE_S, 10.0) for shard_address in admission.shard_addresses[1:]]
+    exchange = ParameterServerExchange(
+        layout=layout,
+        spec=spec,
+        admission=admission,
+        channels=[channel, *others],
+        first_round=round_,
+        emit=silent(),
+    )
+    coordination.watch(exchange.fail)
+    return Member(admission, coordination, exchange, layout, [channel, *others])
+
+
+@contextmanager
+def members(spec: JobSpec, address: str, tensors: Sequence[TensorSpec] = TENSORS) -> Iterator[list[Member]]:
+    """All workers of a job, by worker_index; their channels are closed on leaving."""
+    with ThreadPoolExecutor(spec.workers) as pool:
+        joining = [pool.submit(join, address, f"worker-{number}", tensors) for number in range(spec.workers)]
+        joined = [future.result(DEADLINE_S) for future in joining]
+    joined.sort(key=lambda member: member.admission.worker_index)
+    try:
+        yield joined
+    finally:
+        for member in joined:
+            member.vanish()
+
+
+def in_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs functions at the same time; their results, or the first exception."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        return [future.result(DEADLINE_S) for future in [pool.submit(function) for function in work]]
