@@ -146,17 +146,17 @@ class EdgedBlocks:
             end = min(start + n, self.edges[number + 1])
             yield Piece(offset=begin - start, block=block, rows=1, length=end - begin)
 
-    def require_whole_blocks(self, start: int, n: int) -> None:
-        """Refuses a stretch that cuts a block.
+    def stretch(self, start: int, n: int) -> tuple[int, EdgedBlocks]:
+        """The number of the first of the whole blocks [start, start + n), and these blocks by themselves.
 
         Raises:
-            CodecError: start or start + n is no edge.
+            CodecError: the stretch cuts a block.
         """
         for edge in (start, start + n):
             if edge not in self.edges:
-                raise CodecError(
-                    refusal("a range of whole blocks", "end of the range", edge, f"{len(self.edges)} edges")
-                )
+                raise CodecError(refusal("a stretch of whole blocks", "end of the stretch", edge))
+        first, last = self.edges.index(start), self.edges.index(start + n)
+        return first, EdgedBlocks(edges=self.edges[first : last + 1], alignment=1)
 
 
 def _require_bucket(start: int, n: int, range_start: int, range_stop: int, alignment: int) -> None:

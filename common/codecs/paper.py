@@ -99,7 +99,7 @@ class PaperCodec:
                 values *= np.abs(scale)
                 words = values.view(np.uint32)
                 words ^= minus.astype(np.uint32) << np.uint32(31)
-                at_top = minus > level
+                at_top = (minus == 1) & (level == 0)
                 if at_top.any():
                     np.copyto(values, scale, where=at_top)
                 put(values, piece.of(out), add=add)

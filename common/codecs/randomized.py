@@ -124,17 +124,16 @@ def draw_levels(
 
 
 def measured_scales(values: Float32, start: int, blocks: Blocks, norm: ScaleNorm) -> BlockScales | None:
-    """`Codec.measure`: the scales of `EdgedBlocks` over a range of whole blocks; None for blocks within buckets.
+    """`Codec.measure`: the scales of `EdgedBlocks` over a stretch of whole blocks; None for blocks within buckets.
 
     Raises:
-        CodecError: the range cuts a block, a value is NaN or infinite, or a scale overflows.
+        CodecError: the stretch cuts a block, a value is NaN or infinite, or a scale overflows.
     """
     if not isinstance(blocks, EdgedBlocks):
         return None
     require_vector(values)
-    blocks.require_whole_blocks(start, len(values))
-    scales = block_scales(values, start, blocks, norm)
-    return BlockScales(first_block=blocks.numbers(start, len(values)).start, values=scales)
+    first, stretch = blocks.stretch(start, len(values))
+    return BlockScales(first_block=first, values=block_scales(values, start, stretch, norm))
 
 
 def bucket_scales(values: Float32, start: int, blocks: Blocks, measured: BlockScales | None) -> Float32:

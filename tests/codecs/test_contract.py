@@ -1,0 +1,210 @@
+"""One suite for all codecs: what `base.py` promises, whatever the codec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.codecs import SERVER, Codec, RandomKey, wire_bits_per_element
+from common.config import CodecSpec
+from common.errors import CodecError
+from tests.codecs.table import KEY, SPECS, build, decode, encode, gaussian, name_of, round_trip
+
+D = 1003
+SHARD = 2560
+"""A multiple of all alignments in the table."""
+every_codec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
+with_scales = pytest.mark.parametrize("spec", SPECS[3:], ids=name_of)
+without_scales = pytest.mark.parametrize("spec", SPECS[:3], ids=name_of)
+
+
+def step_bound(codec: Codec, values: np.ndarray) -> float:
+    """No decoded value is further off than one level of the widest scale, or half a unit of the narrowest float."""
+    if codec.wire_name in ("none", "fp16", "bf16"):
+        return float(np.abs(values).max()) * {"none": 0, "fp16": 2**-11, "bf16": 2**-8}[codec.wire_name] + 2**-25
+    name, bits, *_ = codec.wire_name.split("/")
+    scales = np.concatenate([bucket.scales for bucket in encode(codec, values)])
+    levels = 2 ** int(bits) if name == "paper" else 2 ** (int(bits) - 1) - 1
+    return float(np.abs(scales).max()) / levels * (1 + 2**-20)
+
+
+@every_codec
+def test_round_trip_stays_within_one_level(spec: CodecSpec) -> None:
+    codec, values = build(spec, D), gaussian(D)
+    assert np.abs(round_trip(codec, values) - values).max() <= step_bound(codec, values)
+
+
+@every_codec
+def test_wire_bytes_are_the_bytes_sent(spec: CodecSpec) -> None:
+    for d in (0, 1, 7, 8, 9, 63, 64, 65, 512, 513, 1003):
+        codec = build(spec, d)
+        (encoded,) = encode(codec, gaussian(d))
+        assert codec.wire_bytes(0, d) == encoded.scales.nbytes + len(encoded.payload)
+
+
+@every_codec
+def test_payload_bits_per_element_are_announced(spec: CodecSpec) -> None:
+    (encoded,) = encode(build(spec, 1024), gaussian(1024))
+    assert len(encoded.payload) * 8 == 1024 * wire_bits_per_element(spec)
+
+
+@every_codec
+def test_payload_may_be_any_buffer(spec: CodecSpec) -> None:
+    codec, values = build(spec, D), gaussian(D)
+    (encoded,) = encode(codec, values)
+    expected = decode(codec, [encoded], D)
+    for wrap in (bytes, bytearray, memoryview, lambda payload: memoryview(b"xyz" + bytes(payload))[3:]):
+        assert np.array_equal(decode(codec, [replace(encoded, payload=wrap(encoded.payload))], D), expected)
+
+
+@every_codec
+def test_check_refuses_a_payload_that_is_too_short_or_too_long(spec: CodecSpec) -> None:
+    codec = build(spec, D)
+    (encoded,) = encode(codec, gaussian(D))
+    for payload in (b"", encoded.payload[:-1], bytes(encoded.payload) + b"\0"):
+        with pytest.raises(
+            CodecError, match=rf"expected {len(encoded.payload)} bytes, got payload={len(payload)} bytes"
+        ):
+            codec.check(replace(encoded, payload=payload), 0, D)
+
+
+@every_codec
+def test_check_refuses_a_wrong_number_of_scales(spec: CodecSpec) -> None:
+    codec = build(spec, D)
+    (encoded,) = encode(codec, gaussian(D))
+    longer = np.append(encoded.scales, np.float32(1))
+    for scales in (longer, encoded.scales[1:] if len(encoded.scales) else longer, longer[None], longer.astype(float)):
+        with pytest.raises(CodecError, match=f"expected {len(encoded.scales)} float32 scales, got scales="):
+            codec.check(replace(encoded, scales=scales), 0, D)
+
+
+@with_scales
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1.0, -0.0])
+def test_check_refuses_a_scale_that_is_not_finite_or_negative(spec: CodecSpec, bad: float) -> None:
+    codec = build(spec, D)
+    (encoded,) = encode(codec, gaussian(D))
+    scales = encoded.scales.copy()
+    scales[-1] = bad
+    if spec.name == "paper" and np.isfinite(bad):
+        codec.check(replace(encoded, scales=scales), 0, D)
+        return
+    with pytest.raises(CodecError, match=rf"finite scale.*scales\[{len(scales) - 1}\]={bad}"):
+        codec.check(replace(encoded, scales=scales), 0, D)
+
+
+@without_scales
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_check_refuses_a_payload_that_is_not_finite(spec: CodecSpec, bad: float) -> None:
+    codec = build(spec, 2 * D)
+    encoded = codec.encode(gaussian(D), D, KEY)
+    words = {"none": np.float32(bad).view(np.uint32), "fp16": np.float16(bad).view(np.uint16)}
+    word = words.get(spec.name, np.uint16(int(np.float32(bad).view(np.uint32)) >> 16))
+    payload = bytearray(encoded.payload)
+    payload[5 * word.nbytes : 6 * word.nbytes] = word.tobytes()
+    with pytest.raises(CodecError, match=rf"expected a finite value, got element {D + 5}={bad}"):
+        codec.check(replace(encoded, payload=payload), D, D)
+
+
+@every_codec
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_input_that_is_not_finite_is_refused_by_flat_index_and_value(spec: CodecSpec, bad: float) -> None:
+    codec = build(spec, 2 * SHARD + 3)
+    values = gaussian(2 * SHARD + 3)
+    measured = codec.measure(values, 0)
+    values[[SHARD + 700, SHARD + 900]] = bad
+    with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
+        codec.encode(values[SHARD:], SHARD, KEY, measured)
+    if codec.needs_whole_vector:
+        with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
+            codec.measure(values, 0)
+
+
+@every_codec
+def test_input_that_is_not_float32_is_refused(spec: CodecSpec) -> None:
+    with pytest.raises(CodecError, match=r"expected float32 of shape \(n,\), got values=float64\[1003\]"):
+        encode(build(spec, D), gaussian(D).astype(np.float64))
+
+
+@with_scales
+def test_bytes_follow_from_the_key_alone(spec: CodecSpec) -> None:
+    values = gaussian(D)
+    (encoded,) = encode(build(spec, D), values)
+    (again,) = encode(build(spec, D), values.copy(), RandomKey(seed=KEY.seed, round=KEY.round, source=KEY.source))
+    assert again.payload == encoded.payload
+    assert np.array_equal(again.scales, encoded.scales)
+    for other in (replace(KEY, seed=8), replace(KEY, round=4), replace(KEY, source=2), replace(KEY, source=SERVER)):
+        (different,) = encode(build(spec, D), values, other)
+        assert different.payload != encoded.payload
+
+
+@every_codec
+def test_input_is_not_changed_and_not_kept(spec: CodecSpec) -> None:
+    codec, values = build(spec, D), gaussian(D)
+    (encoded,) = encode(codec, values)
+    assert np.array_equal(values, gaussian(D))
+    before = bytes(encoded.payload)
+    values[:] = 0
+    assert encoded.payload == before
+
+
+@every_codec
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_cutting_into_aligned_buckets_changes_no_decoded_value(spec: CodecSpec, data: st.DataObject) -> None:
+    codec, values = build(spec, D), gaussian(D)
+    inner = range(codec.alignment, D, codec.alignment)
+    cuts = sorted(data.draw(st.sets(st.sampled_from(inner), max_size=6))) if inner else []
+    whole, buckets = encode(codec, values), encode(codec, values, cuts=cuts)
+    assert np.array_equal(decode(codec, buckets, D, cuts), decode(codec, whole, D))
+    if spec.name != "paper":
+        assert b"".join(bytes(bucket.payload) for bucket in buckets) == whole[0].payload
+    for bucket, a, b in zip(buckets, (0, *cuts), (*cuts, D), strict=True):
+        assert codec.wire_bytes(a, b - a) == bucket.scales.nbytes + len(bucket.payload)
+
+
+@every_codec
+def test_a_shard_encodes_elements_as_the_whole_vector_does(spec: CodecSpec) -> None:
+    """Blocks and draws refer to the flat vector. Only l2 scales of clipped blocks differ; the linf ones are all 2."""
+    values = np.clip(gaussian(2 * SHARD), -2, 2)
+    whole = round_trip(build(spec, 2 * SHARD), values)
+    shard = build(spec, 2 * SHARD, start=SHARD)
+    out = np.empty(SHARD, np.float32)
+    encoded = shard.encode(values[SHARD:], SHARD, KEY, shard.measure(values[SHARD:], SHARD))
+    shard.decode(encoded, SHARD, out, add=False)
+    clipped_l2 = spec.name == "paper" or (spec.block in ("layer", "all") and spec.scale == "l2")
+    assert np.array_equal(out, whole[SHARD:]) is not clipped_l2
+
+
+@every_codec
+def test_decode_adds_or_sets(spec: CodecSpec) -> None:
+    codec, values, base = build(spec, D), gaussian(D), gaussian(D, seed=5)
+    (encoded,) = encode(codec, values)
+    decoded = decode(codec, [encoded], D)
+    accumulator = base.copy()
+    codec.decode(encoded, 0, accumulator, add=True)
+    assert np.array_equal(accumulator, base + decoded)
+    codec.decode(encoded, 0, accumulator, add=False)
+    assert np.array_equal(accumulator.view(np.uint32), decoded.view(np.uint32))
+
+
+@every_codec
+def test_decode_writes_into_its_slice_only(spec: CodecSpec) -> None:
+    codec, values = build(spec, D), gaussian(D)
+    (encoded,) = encode(codec, values)
+    out = np.full(D + 20, 9, np.float32)
+    codec.decode(encoded, 0, out[10 : 10 + D], add=False)
+    assert np.array_equal(out[10 : 10 + D], decode(codec, [encoded], D))
+    assert (out[:10] == 9).all()
+    assert (out[10 + D :] == 9).all()
+
+
+@every_codec
+def test_an_empty_bucket_takes_no_bytes(spec: CodecSpec) -> None:
+    codec = build(spec, 0)
+    (encoded,) = encode(codec, gaussian(0))
+    assert (encoded.scales.nbytes, len(encoded.payload)) == (0, 0)
+    assert decode(codec, [encoded], 0).shape == (0,)

@@ -1,0 +1,394 @@
+"""The job spec: one source of keys, four places to set them, refusals in one form, frozen, with a digest."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from common.config import (
+    MAXIMAL_BLOCK,
+    AttackSpec,
+    BatchNormMode,
+    JobSpec,
+    environment_name,
+    load_job_spec,
+    spec_keys,
+)
+from common.errors import EXIT_USAGE, SpecError, refusal
+
+CHANGED: dict[str, object] = {
+    "job_id": "night-run.2",
+    "seed": (1 << 63) - 1,
+    "workers": 7,
+    "servers": 3,
+    "model.name": "resnet20",
+    "model.width": 24,
+    "data.name": "cifar100",
+    "data.split": "own",
+    "data.image_size": 224,
+    "data.augment": True,
+    "data.batch_per_worker": 17,
+    "attack.name": "fgsm",
+    "attack.epsilon": 4 / 255,
+    "attack.steps": 7,
+    "attack.step_size": 1 / 255,
+    "attack.random_start": False,
+    "attack.batch_norm": "train",
+    "objective.clean_weight": 1.0,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.3,
+    "optimizer.beta1": 0.8,
+    "optimizer.beta2": 0.99,
+    "optimizer.stability_eps": 1e-6,
+    "optimizer.bias_correction": False,
+    "optimizer.trust_low": 0.5,
+    "optimizer.trust_high": 5.0,
+    "optimizer.momentum": 0.0,
+    "optimizer.weight_decay": 5e-4,
+    "optimizer.decay_one_dimensional": False,
+    "optimizer.adapt_one_dimensional": False,
+    "schedule.epochs": 90,
+    "schedule.warmup": 0.1,
+    "schedule.decay_at": [0.25, 0.5, 0.75],
+    "schedule.decay_factor": 0.2,
+    "codec.name": "paper",
+    "codec.bits": 16,
+    "codec.block": "layer",
+    "codec.scale": "l2",
+    "codec.two_sided": True,
+    "exchange.bucket_bytes": 4096,
+    "evaluation.every_epochs": 0,
+    "evaluation.attack.epsilon": 2 / 255,
+    "evaluation.attack.steps": 50,
+    "evaluation.attack.step_size": 0.01,
+    "evaluation.attack.random_start": False,
+    "evaluation.batch": 100,
+    "checkpoint.every_epochs": 1,
+    "checkpoint.keep": 5,
+    "deadlines.connect_s": 1.5,
+    "deadlines.join_s": 2.5,
+    "deadlines.round_s": 3.5,
+    "deadlines.hello_s": 4.5,
+    "deadlines.report_s": 5.5,
+    "deadlines.keepalive_s": 6.5,
+}
+"""A valid value that is not the default, for every key there is."""
+
+every_key = pytest.mark.parametrize("key", CHANGED)
+FORM = re.compile(r"expected .+, got \S+=.* \(.+\)")
+FLOATS = [key for key, value in CHANGED.items() if isinstance(value, float)]
+
+
+def flag(key: str, value: object) -> str:
+    return f"{key}={json.dumps(value)}"
+
+
+def variable(key: str, value: object) -> dict[str, str]:
+    return {environment_name(key): json.dumps(value)}
+
+
+def document(key: str, value: object) -> str:
+    *sections, name = key.split(".")
+    nested: dict[str, object] = {name: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return yaml.safe_dump(nested)
+
+
+def value_of(spec: JobSpec, key: str) -> object:
+    value: object = spec.model_dump(mode="json")
+    for part in key.split("."):
+        assert isinstance(value, dict)
+        value = value[part]
+    return value
+
+
+def default_of(key: str) -> object:
+    return value_of(JobSpec(), key)
+
+
+def refusal_of(*settings_: str, yaml_text: str | None = None, environment: dict[str, str] | None = None) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_job_spec(settings=settings_, yaml_text=yaml_text, yaml_name="job.yaml", environment=environment)
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+# Keys
+
+
+def test_this_file_changes_every_key_that_there_is() -> None:
+    assert set(CHANGED) == {key for key, _, _ in spec_keys()}
+
+
+def test_every_key_has_a_help_text_that_is_a_sentence() -> None:
+    for key, text, _ in spec_keys():
+        assert len(text) > 8, key
+        assert text.endswith("."), key
+
+
+def test_keys_come_with_their_defaults() -> None:
+    defaults = {key: default for key, _, default in spec_keys()}
+    assert defaults["codec.bits"] == 8
+    assert defaults["evaluation.attack.steps"] == 20
+    assert defaults["model.width"] is None
+
+
+@every_key
+def test_digest_changes_with_every_key(key: str) -> None:
+    changed = load_job_spec(settings=[flag(key, CHANGED[key])])
+    assert value_of(changed, key) == CHANGED[key] != default_of(key)
+    assert changed.digest() != JobSpec().digest()
+
+
+def test_equal_values_from_different_places_give_the_equal_digest() -> None:
+    from_flags = load_job_spec(settings=[flag(key, value) for key, value in reversed(CHANGED.items())])
+    environment = {name: text for key, value in CHANGED.items() for name, text in variable(key, value).items()}
+    from_environment = load_job_spec(environment=environment)
+    from_yaml = load_job_spec(yaml_text=from_flags.to_yaml())
+    assert from_flags.digest() == from_environment.digest() == from_yaml.digest() != JobSpec().digest()
+
+
+# Precedence
+
+
+@every_key
+def test_flag_beats_environment_beats_yaml_beats_default(key: str) -> None:
+    default, changed = default_of(key), CHANGED[key]
+    text = document(key, changed)
+    assert value_of(load_job_spec(), key) == default
+    assert value_of(load_job_spec(yaml_text=text), key) == changed
+    assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default)), key) == default
+    over_environment = load_job_spec(
+        yaml_text=document(key, default), environment=variable(key, changed), settings=[flag(key, default)]
+    )
+    assert value_of(over_environment, key) == default
+
+
+def test_four_places_set_four_different_values() -> None:
+    text, environment, flags = document("codec.bits", 7), variable("codec.bits", 6), ["codec.bits=5"]
+    assert load_job_spec(yaml_text=text, environment=environment, settings=flags).codec.bits == 5
+    assert load_job_spec(yaml_text=text, environment=environment).codec.bits == 6
+    assert load_job_spec(yaml_text=text).codec.bits == 7
+    assert load_job_spec().codec.bits == 8
+
+
+def test_last_of_two_flags_of_one_key_counts() -> None:
+    assert load_job_spec(settings=["seed=1", "seed=2"]).seed == 2
+
+
+def test_places_that_set_different_keys_are_merged() -> None:
+    spec = load_job_spec(yaml_text="codec: {bits: 4}", environment={"DATPS_CODEC__BLOCK": "64"}, settings=["seed=3"])
+    assert (spec.codec.bits, spec.codec.block, spec.seed) == (4, 64, 3)
+
+
+def test_foreign_and_reserved_variables_are_passed_over() -> None:
+    environment = {"HOME": "/root", "datps_seed": "4", "DATPS_ADDRESS": "10.0.0.1:50051", "DATPS_SEED": "3"}
+    assert load_job_spec(environment=environment, reserved=frozenset({"DATPS_ADDRESS"})) == JobSpec(seed=3)
+
+
+def test_empty_document_and_empty_section_change_nothing() -> None:
+    assert load_job_spec(yaml_text="") == JobSpec()
+    assert load_job_spec(yaml_text="codec: {}") == JobSpec()
+    assert load_job_spec(yaml_text="codec:\n  # bits: 4\n") == JobSpec()
+
+
+# Unknown names
+
+
+def test_unknown_flag_is_refused_with_the_nearest_key() -> None:
+    assert refusal_of("codec.bit=4") == "expected a known key; did you mean codec.bits?, got key=codec.bit (--set)"
+
+
+def test_unknown_variable_is_refused_with_the_nearest_variable() -> None:
+    expected = "expected a known variable; did you mean DATPS_CODEC__BITS?, got variable=DATPS_CODEC_BITS (environment)"
+    assert refusal_of(environment={"DATPS_CODEC_BITS": "4"}) == expected
+
+
+def test_unknown_yaml_key_is_refused_with_the_nearest_key() -> None:
+    expected = "expected a known key; did you mean evaluation.attack.steps?, got key=evaluation.attack.step (job.yaml)"
+    assert refusal_of(yaml_text="evaluation: {attack: {step: 4}}") == expected
+
+
+def test_section_that_is_given_a_value_is_refused() -> None:
+    assert "got key=codec (job.yaml)" in refusal_of(yaml_text="codec: 4")
+
+
+def test_unknown_key_in_json_is_refused_with_the_nearest_key() -> None:
+    with pytest.raises(SpecError) as caught:
+        JobSpec.from_json('{"optimizer": {"learningrate": 1}}')
+    rule = "a known key; did you mean optimizer.learning_rate?"
+    assert str(caught.value) == refusal(rule, "key", "optimizer.learningrate", "job spec from the server")
+
+
+# Values
+
+
+@pytest.mark.parametrize("key", [key for key in FLOATS if key not in ("optimizer.trust_low", "optimizer.trust_high")])
+def test_every_float_may_be_written_as_a_fraction(key: str) -> None:
+    assert value_of(load_job_spec(settings=[f"{key}=8/255"]), key) == 8 / 255
+    assert value_of(load_job_spec(yaml_text=document(key, "8 / 255")), key) == 8 / 255
+
+
+def test_fractions_may_stand_in_lists() -> None:
+    spec = load_job_spec(settings=["schedule.decay_at=[2/3, 9/10]"])
+    assert spec.schedule.decay_at == (2 / 3, 9 / 10)
+
+
+@pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-.inf", "1/0"])
+@pytest.mark.parametrize("key", FLOATS)
+def test_floats_that_are_no_finite_number_are_refused(key: str, text: str) -> None:
+    assert FORM.fullmatch(refusal_of(f"{key}={text}"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
+def test_supported_bits_are_taken(bits: int) -> None:
+    assert load_job_spec(settings=[f"codec.bits={bits}"]).codec.bits == bits
+
+
+@pytest.mark.parametrize("bits", [-8, 0, 1, 9, 15, 17, 32])
+def test_other_bits_are_refused(bits: int) -> None:
+    assert refusal_of(f"codec.bits={bits}") == f"expected 2 to 8, or 16, got bits={bits} (codec.bits, --set)"
+
+
+@pytest.mark.parametrize("block", [8, 512, MAXIMAL_BLOCK, "layer", "all"])
+def test_supported_blocks_are_taken(block: int | str) -> None:
+    assert load_job_spec(settings=[f"codec.block={block}"]).codec.block == block
+
+
+@pytest.mark.parametrize("block", [0, 4, 12, -8, MAXIMAL_BLOCK + 8, "vector", "true", "8.0"])
+def test_other_blocks_are_refused(block: object) -> None:
+    rule = f"a multiple of 8 from 8 to {MAXIMAL_BLOCK}, layer or all"
+    message = refusal_of(f"codec.block={block}")
+    assert message.startswith(f"expected {rule}, got block=")
+    assert message.endswith(" (codec.block, --set)")
+
+
+@pytest.mark.parametrize("key", [key for key, value in CHANGED.items() if not isinstance(value, (bool, list, str))])
+def test_switch_is_no_number(key: str) -> None:
+    """YAML reads `yes` and `on` as true; `workers: on` must not mean one worker."""
+    assert FORM.fullmatch(refusal_of(f"{key}=yes"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("workers=0", "expected greater than or equal to 1, got workers=0 (--set)"),
+        ("workers=many", "expected integer, got workers=many (--set)"),
+        ("workers=2.5", "expected integer, got workers=2.5 (--set)"),
+        ("seed=-1", "expected greater than or equal to 0, got seed=-1 (--set)"),
+        (f"seed={1 << 63}", f"expected less than {1 << 63}, got seed={1 << 63} (--set)"),
+        ("attack.epsilon=2", "expected less than or equal to 1, got attack.epsilon=2 (--set)"),
+        ("attack.epsilon=eight", "expected number, got attack.epsilon=eight (--set)"),
+        ("codec.two_sided=maybe", "expected boolean, got codec.two_sided=maybe (--set)"),
+        ("model.name=vgg", None),
+        ("job_id=-x", "expected match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$', got job_id=-x (--set)"),
+        ("exchange.bucket_bytes=1023", "expected greater than or equal to 1024, got exchange.bucket_bytes=1023 (--set)"),
+        ("schedule.decay_at=[a]", "expected number, got schedule.decay_at.0=a (--set)"),
+        ("schedule.decay_at=[0.9, 0.5]", None),
+        ("schedule.decay_at=[0.5, 0.5]", None),
+        ("schedule.decay_at=[0, 0.5]", None),
+        ("optimizer.trust_low=11", "expected trust_low <= trust_high=10.0, got trust_low=11.0 (optimizer, job spec)"),
+        ("codec.bits", None),
+        ("codec.bits=[", None),
+    ],
+)
+def test_refusal_says_rule_value_and_place(setting: str, expected: str | None) -> None:
+    message = refusal_of(setting)
+    assert message == expected or (expected is None and FORM.fullmatch(message)), message
+
+
+def test_refusal_of_a_variable_names_it() -> None:
+    message = refusal_of(environment={"DATPS_ATTACK__STEPS": "none"})
+    assert message == "expected integer, got attack.steps=none (environment DATPS_ATTACK__STEPS)"
+
+
+def test_all_wrong_values_are_told_at_once() -> None:
+    lines = refusal_of("workers=0", "codec.bits=1", yaml_text="seed: -1").splitlines()
+    assert sorted(lines) == [
+        "expected 2 to 8, or 16, got bits=1 (codec.bits, --set)",
+        "expected greater than or equal to 0, got seed=-1 (job.yaml)",
+        "expected greater than or equal to 1, got workers=0 (--set)",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "codec: &c {x: *c}", "{? [1] : 2}", "seed: !!python/name:os.system"])
+def test_documents_that_are_no_job_spec_are_refused(text: str) -> None:
+    assert FORM.fullmatch(refusal_of(yaml_text=text))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "4", '{"seed": -1}', '{"attack": {"epsilon": NaN}}', "[" * 9999])
+def test_json_that_is_no_job_spec_is_refused(text: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        JobSpec.from_json(text)
+    assert FORM.fullmatch(str(caught.value)), str(caught.value)
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_any_text_as_a_flag_is_taken_or_refused_with_a_reason(text: str) -> None:
+    for setting in (text, f"codec.block={text}"):
+        try:
+            load_job_spec(settings=[setting])
+        except SpecError as error:
+            assert str(error).startswith("expected ")
+
+
+# Frozen, and out and in again
+
+
+def test_job_spec_and_its_sections_are_frozen() -> None:
+    spec = JobSpec()
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.evaluation.attack.steps = 1  # type: ignore[misc]
+
+
+@st.composite
+def job_specs(draw: st.DrawFn) -> JobSpec:
+    keys = draw(st.sets(st.sampled_from(sorted(CHANGED))))
+    finite = {key: draw(st.floats(1e-9, 0.999)) for key in draw(st.sets(st.sampled_from(FLOATS)))}
+    finite.pop("optimizer.trust_low", None)
+    values = {key: CHANGED[key] for key in keys} | finite
+    return load_job_spec(settings=[flag(key, value) for key, value in values.items() if key != "optimizer.trust_high"])
+
+
+@given(job_specs())
+@settings(max_examples=40, deadline=None)
+def test_yaml_and_json_give_the_equal_spec_and_digest_back(spec: JobSpec) -> None:
+    for again in (load_job_spec(yaml_text=spec.to_yaml()), JobSpec.from_json(spec.to_json())):
+        assert again == spec
+        assert again.digest() == spec.digest()
+
+
+def test_json_is_canonical_and_holds_every_key() -> None:
+    text = JobSpec().to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert JobSpec.from_json('{"seed": 0}').to_json() == text
+    assert all(math.isfinite(value) for value in [default_of(key) for key in FLOATS] if isinstance(value, float))
+
+
+# Defaults that depend on other keys
+
+
+def test_step_size_follows_from_the_attack_where_it_is_absent() -> None:
+    pgd = AttackSpec.model_validate({"name": "pgd", "epsilon": 0.2, "steps": 10})
+    fgsm = AttackSpec.model_validate({"name": "fgsm", "epsilon": 0.2})
+    given_ = AttackSpec.model_validate({"name": "fgsm", "epsilon": 0.2, "step_size": 0.1})
+    assert (pgd.resolved_step_size, fgsm.resolved_step_size, given_.resolved_step_size) == (0.05, 0.25, 0.1)
+    assert (pgd.resolved_batch_norm, fgsm.resolved_batch_norm) == (BatchNormMode.EVAL, BatchNormMode.TRAIN)
+
+
+def test_evaluation_attack_takes_its_epsilon_from_training_and_steps_an_eighth_of_it() -> None:
+    attack = load_job_spec(settings=["attack.epsilon=0.2", "attack.name=fgsm", "attack.steps=3"]).evaluation_attack
+    assert (attack.name, attack.epsilon, attack.steps, attack.step_size) == ("pgd", 0.2, 20, 0.025)
+    own = load_job_spec(settings=["evaluation.attack.epsilon=0.1", "evaluation.attack.step_size=0.05"]).evaluation_attack
+    assert (own.epsilon, own.step_size) == (0.1, 0.05)
