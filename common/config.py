@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from common.errors import SpecError, refusal
@@ -47,6 +58,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, keyword-only, no unknown keys; the docstring under a field is its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # YAML reads `yes` and `on` as true, which would pass for 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(refusal("a value that is no switch", str(info.field_name), value))
+        return value
 
 
 class DatasetName(StrEnum):
@@ -362,7 +381,7 @@ class JobSpec(Section):
         """
         try:
             return _validated(json.loads(text), "job spec from the server")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise SpecError(refusal("a job spec as JSON", "text", text[:40], str(error))) from None
 
     def to_yaml(self) -> str:
@@ -409,7 +428,9 @@ def load_job_spec(
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if yaml_text is not None:
-        for key, value in _flatten(_parse_yaml(yaml_text, yaml_name)):
+        for key, value in _parse_yaml(yaml_text, yaml_name):
+            if value is None and any(name.startswith(f"{key}.") for name in known):
+                continue  # a section without keys
             _place(merged, sources, known, key, value, yaml_name)
     by_variable = {environment_name(key): key for key in known}
     for name, value in sorted((environment or {}).items()):
@@ -417,32 +438,32 @@ def load_job_spec(
             continue
         if name not in by_variable:
             _refuse_unknown("variable", name, list(by_variable), "environment")
-        _place(merged, sources, known, by_variable[name], _scalar(value, name), f"environment {name}")
+        _place(merged, sources, known, by_variable[name], _scalar(value, name, "environment"), f"environment {name}")
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
-            raise SpecError(refusal("dotted.key=value", "--set", setting))
-        _place(merged, sources, known, key.strip(), _scalar(value, key), "--set")
+            raise SpecError(refusal("dotted.key=value", "setting", setting, "--set"))
+        _place(merged, sources, known, key.strip(), _scalar(value, key, "--set"), "--set")
     return _validated(merged, "job spec", sources)
 
 
-def _parse_yaml(text: str, name: str) -> Mapping[str, Any]:
+def _parse_yaml(text: str, name: str) -> list[tuple[str, Any]]:
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        if document is None:
+            return []
+        if not isinstance(document, Mapping):
+            raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
+        return list(_flatten(document))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: 2024-13-45 is no date
         raise SpecError(refusal("valid YAML", "document", name, str(error).replace("\n", " "))) from None
-    if document is None:
-        return {}
-    if not isinstance(document, Mapping):
-        raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
-    return document
 
 
-def _scalar(text: str, name: str) -> object:
+def _scalar(text: str, name: str, source: str) -> object:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(refusal("a YAML value", name, text)) from None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise SpecError(refusal("a YAML value", name, text, source)) from None
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -482,13 +503,15 @@ def _validated(merged: Mapping[str, Any], context: str, sources: Mapping[str, st
 
 def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str]) -> str:
     """One refusal per pydantic error, in the project's form."""
-    key = ".".join(str(part) for part in details["loc"])
-    source = sources.get(key, context)
+    prefixes = list(itertools.accumulate((str(part) for part in details["loc"]), "{}.{}".format))
+    key = prefixes[-1] if prefixes else "document"
+    source = next((sources[prefix] for prefix in prefixes if prefix in sources), context)
     if details["type"] == "value_error":
-        return f"{details['ctx']['error']} ({key or context}, {source})"
+        return f"{details['ctx']['error']} ({key}, {source})"
     if details["type"] == "extra_forbidden":
         known = [name for name, _, _ in spec_keys()]
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return refusal(f"a known key; did you mean {nearest[0]}?", "key", key, source)
-    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return refusal(message, key, details["input"], source)
+    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("String should ")
+    rule = re.split(", (?:unable|got)", message)[0]
+    return refusal(rule, key, details["input"], source)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import AttackName, JobSpec, load_job_spec, spec_keys
-from common.errors import SpecError, refusal
+from common.errors import EXIT_RETRY, SpecError, refusal
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display
@@ -45,22 +44,49 @@ class TrainOptions:
     baseline: bool = True
 
 
-def prepare_new(spec: JobSpec, title: str, out: Path | None, **local: object) -> TrainOptions:
-    """Makes a run folder; `local` are the options that belong to this machine.
+def train(
+    options: TrainOptions,
+    display: Display,
+    *,
+    commands: CommandsFactory | None = None,
+    patience: Patience | None = None,
+) -> Outcome:
+    """Trains, then trains the baseline; what an earlier run in the folder has completed is not done again.
+
+    Args:
+        options: what and where.
+        display: told of everything.
+        commands: how daemons are run; those of this installation if None.
+        patience: deadlines; the usual ones if None.
 
     Raises:
-        SpecError: the folder is not new or empty.
+        DatpsError: the data set cannot be fetched, or result.json is damaged.
     """
-    folder = runs.new_run_folder(title, out, datetime.now())
-    runs.write_job(folder, spec, title)
-    runs.point_latest_to(folder)
-    return TrainOptions(spec=spec, title=title, folder=folder, **local)  # type: ignore[arg-type]
+    run = _Run(options, display, commands or _datps_commands(options), patience)
+    if options.download:
+        _download(options)
+    result = runs.read_result(options.folder)
+    if result is None:
+        outcome = run.cluster(options.spec, options.folder, options.title, resume=options.resume)
+        if outcome.exit_code != 0:
+            return outcome
+        result = runs.read_result(options.folder)
+        if result is None:
+            return Outcome(exit_code=EXIT_RETRY, text=f"worker-0 is complete, but there is no {runs.RESULT}")
+    else:
+        display.say("complete", f"{options.folder} is complete: {result.get('rounds')} rounds")
+    failure = None
+    if options.baseline and runs.BASELINE not in result and options.spec.attack.name is not AttackName.NONE:
+        failure = run.baseline()
+        result = runs.read_result(options.folder) or result
+    display.result(options.title, str(options.folder), result, robust_name(options.spec))
+    return failure or Outcome(exit_code=0, text="complete")
 
 
-def prepare_resume(
-    folder: Path, *, settings: list[str], environment: Mapping[str, str], reserved: frozenset[str], **local: object
-) -> TrainOptions:
-    """Goes on with the run in `folder`.
+def spec_to_resume(
+    folder: Path, *, settings: Sequence[str], environment: Mapping[str, str], reserved: frozenset[str]
+) -> JobSpec:
+    """The job of the run in `folder`, which is complete or can go on.
 
     Raises:
         SpecError: no run folder, nothing to go on from, or settings that would make it another job.
@@ -69,9 +95,101 @@ def prepare_resume(
     wanted = load_job_spec(
         yaml_text=spec.to_yaml(), yaml_name=runs.JOB, environment=environment, settings=settings, reserved=reserved
     )
-    if wanted != spec:
-        key, ours, theirs = next(_differences(spec, wanted))
-        raise SpecError(refusal(f"{key}={ours}, as in {folder / runs.JOB}", key, theirs, "a resumed run keeps its job"))
+    for key, ours, theirs in _differences(spec, wanted):
+        rule = f"{key}={ours} as in {folder / runs.JOB}"
+        raise SpecError(refusal(rule, key, theirs, "a resumed run keeps its job"))
     if runs.read_result(folder) is None and not runs.has_checkpoint(folder):
-        raise SpecError(refusal("a run with a checkpoint", "resume", folder, "none found"))
-    return TrainOptions(spec=spec, title=folder.resolve().name, folder=folder, resume=True, **local)  # type: ignore[arg-type]
+        raise SpecError(refusal("a run folder with checkpoints", "resume", folder, "none found"))
+    return spec
+
+
+def baseline_spec(spec: JobSpec) -> JobSpec:
+    """The same training without attacks, judged once, at its end, by the same attack."""
+    sections = spec.model_dump(mode="json")
+    sections["attack"]["name"] = AttackName.NONE.value
+    sections["evaluation"]["attack"]["epsilon"] = spec.evaluation_attack.epsilon
+    sections["evaluation"]["every_epochs"] = 0
+    return JobSpec.model_validate(sections)
+
+
+def robust_name(spec: JobSpec) -> str:
+    """The evaluation attack in short: `PGD-20, epsilon 8/255`."""
+    attack = spec.evaluation_attack
+    pixels = round(attack.epsilon * 255, 9)
+    epsilon = f"{pixels:.0f}/255" if pixels == int(pixels) and attack.epsilon < 0.1 else f"{attack.epsilon:g}"
+    return f"PGD-{attack.steps}, epsilon {epsilon}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the clusters of one call have in common."""
+
+    options: TrainOptions
+    display: Display
+    commands: CommandsFactory
+    patience: Patience | None
+
+    def cluster(self, spec: JobSpec, folder: Path, title: str, *, resume: bool) -> Outcome:
+        """Runs one job in one folder."""
+        if not resume:
+            runs.write_job(folder, spec, title)
+        self.display.open(RunView(title=title, folder=str(folder)))
+        commands = self.commands(spec, folder, resume)
+        return LocalCluster(
+            spec=spec, folder=folder, commands=commands, observe=self.display.observe, patience=self.patience
+        ).run()
+
+    def baseline(self) -> Outcome | None:
+        """Trains without attacks and adds the accuracies to the result; returns how it failed, if it did."""
+        folder = self.options.folder / runs.BASELINE
+        resume = runs.has_checkpoint(folder)
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # an earlier start of the baseline that saved nothing
+        folder.mkdir(exist_ok=True)
+        result = runs.read_result(folder)
+        if result is None:
+            spec = baseline_spec(self.options.spec)
+            title = f"{self.options.title}, baseline without attacks"
+            outcome = self.cluster(spec, folder, title, resume=resume)
+            if outcome.exit_code != 0:
+                return replace(outcome, text=f"baseline: {outcome.text}")
+            result = runs.read_result(folder)
+        if result is None:
+            return Outcome(exit_code=EXIT_RETRY, text=f"baseline: worker-0 is complete, but there is no {runs.RESULT}")
+        runs.add_baseline(self.options.folder, result)
+        return None
+
+
+def _datps_commands(options: TrainOptions) -> CommandsFactory:
+    def commands(spec: JobSpec, folder: Path, resume: bool) -> Commands:
+        return DatpsCommands(
+            spec=spec,
+            folder=folder,
+            data=options.data,
+            device=options.device,
+            threads=threads_per_worker(spec.workers),
+            resume=resume,
+        )
+
+    return commands
+
+
+def _download(options: TrainOptions) -> None:
+    """Once, here: several workers that fetch into one folder would meet half a file."""
+    from worker.datasets import load_dataset
+
+    load_dataset(options.spec.data, root=options.data, download=True)
+
+
+def _differences(ours: JobSpec, theirs: JobSpec) -> Iterator[tuple[str, object, object]]:
+    for key, _, _ in spec_keys():
+        values = [_value(spec, key) for spec in (ours, theirs)]
+        if values[0] != values[1]:
+            yield key, values[0], values[1]
+
+
+def _value(spec: JobSpec, key: str) -> object:
+    value: object = spec
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

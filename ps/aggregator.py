@@ -59,6 +59,7 @@ class Aggregator:
         self._peers: dict[int, Outbox] = {}
         self._held: dict[tuple[int, int], Encoded] = {}
         self._averages: dict[tuple[int, int], bytes] = {}
+        self._stop: bytes | None = None
 
     def expect(self, *, view: int, coordinator_incarnation: int, worker_ids: tuple[str, ...]) -> None:
         """Tells the coordinator's own shard which view has formed; other shards learn it from the first Hello."""
@@ -79,6 +80,12 @@ class Aggregator:
         """Lets the rounds see the time."""
         if self._rounds:
             self._perform(self._rounds.handle(r.Tick(), time.monotonic()))
+
+    def request_stop(self, text: str) -> None:
+        """Asks all workers, also those whose streams are still to open, to finish the round and leave."""
+        self._stop = wire.ServerMessage(stop=wire.StopRequest(text=text)).SerializeToString()
+        for outbox in self._peers.values():
+            outbox.put(self._stop)
 
     def broadcast(self, message: wire.ServerMessage, *, last: bool = False) -> None:
         """Queues a message for every worker; `last` ends the streams after it."""
@@ -114,6 +121,8 @@ class Aggregator:
         said_goodbye = False
         try:
             self._event(r.HelloReceived(worker_index=worker, view=hello.view, round=hello.round))
+            if self._stop:
+                outbox.put(self._stop)
             said_goodbye = await self._read_contributions(requests, worker, outbox)
         finally:
             if self._peers.get(worker) is outbox:

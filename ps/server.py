@@ -135,7 +135,7 @@ class Server:
         self._emit("stopping", text=text)
         running = self.coordinator.formed if self.coordinator else self.aggregator.has_workers
         if running:
-            self.aggregator.broadcast(wire.ServerMessage(stop=wire.StopRequest(text=text)))
+            self.aggregator.request_stop(text)
         elif not self._outcome.done():
             outcome = Outcome(exit_code=EXIT_TERMINATED, text=f"{text} before the view formed")
             self._abort(outcome)

@@ -290,14 +290,18 @@ def test_switch_is_no_number(key: str) -> None:
         ("codec.two_sided=maybe", "expected boolean, got codec.two_sided=maybe (--set)"),
         ("model.name=vgg", None),
         ("job_id=-x", "expected match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$', got job_id=-x (--set)"),
-        ("exchange.bucket_bytes=1023", "expected greater than or equal to 1024, got exchange.bucket_bytes=1023 (--set)"),
+        (
+            "exchange.bucket_bytes=1023",
+            "expected greater than or equal to 1024, got exchange.bucket_bytes=1023 (--set)",
+        ),
         ("schedule.decay_at=[a]", "expected number, got schedule.decay_at.0=a (--set)"),
         ("schedule.decay_at=[0.9, 0.5]", None),
         ("schedule.decay_at=[0.5, 0.5]", None),
         ("schedule.decay_at=[0, 0.5]", None),
         ("optimizer.trust_low=11", "expected trust_low <= trust_high=10.0, got trust_low=11.0 (optimizer, job spec)"),
-        ("codec.bits", None),
-        ("codec.bits=[", None),
+        ("codec.bits", "expected dotted.key=value, got setting=codec.bits (--set)"),
+        ("codec.bits=[", "expected a YAML value, got codec.bits=[ (--set)"),
+        ("job_id=2024-13-45", "expected a YAML value, got job_id=2024-13-45 (--set)"),
     ],
 )
 def test_refusal_says_rule_value_and_place(setting: str, expected: str | None) -> None:
@@ -319,26 +323,35 @@ def test_all_wrong_values_are_told_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["[1]", "a: [", "codec: &c {x: *c}", "{? [1] : 2}", "seed: !!python/name:os.system"])
+@pytest.mark.parametrize(
+    "text", ["[1]", "a: [", "codec: &c {x: *c}", "{? [1] : 2}", "seed: 2024-13-45", "seed: !!python/name:os.system"]
+)
 def test_documents_that_are_no_job_spec_are_refused(text: str) -> None:
     assert FORM.fullmatch(refusal_of(yaml_text=text))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "4", '{"seed": -1}', '{"attack": {"epsilon": NaN}}', "[" * 9999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "4", '{"seed": -1}', '{"attack": {"epsilon": NaN}}', "[" * 9999]
+)
 def test_json_that_is_no_job_spec_is_refused(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         JobSpec.from_json(text)
     assert FORM.fullmatch(str(caught.value)), str(caught.value)
 
 
+def outcome_of(setting: str) -> JobSpec | str:
+    try:
+        return load_job_spec(settings=[setting])
+    except SpecError as error:
+        return str(error)
+
+
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_any_text_as_a_flag_is_taken_or_refused_with_a_reason(text: str) -> None:
-    for setting in (text, f"codec.block={text}"):
-        try:
-            load_job_spec(settings=[setting])
-        except SpecError as error:
-            assert str(error).startswith("expected ")
+    for setting in (text, f"codec.block={text}", f"job_id={text}"):
+        outcome = outcome_of(setting)
+        assert isinstance(outcome, JobSpec) or outcome.startswith("expected ")
 
 
 # Frozen, and out and in again
@@ -390,5 +403,7 @@ def test_step_size_follows_from_the_attack_where_it_is_absent() -> None:
 def test_evaluation_attack_takes_its_epsilon_from_training_and_steps_an_eighth_of_it() -> None:
     attack = load_job_spec(settings=["attack.epsilon=0.2", "attack.name=fgsm", "attack.steps=3"]).evaluation_attack
     assert (attack.name, attack.epsilon, attack.steps, attack.step_size) == ("pgd", 0.2, 20, 0.025)
-    own = load_job_spec(settings=["evaluation.attack.epsilon=0.1", "evaluation.attack.step_size=0.05"]).evaluation_attack
+    own = load_job_spec(
+        settings=["evaluation.attack.epsilon=0.1", "evaluation.attack.step_size=0.05"]
+    ).evaluation_attack
     assert (own.epsilon, own.step_size) == (0.1, 0.05)

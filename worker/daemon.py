@@ -108,7 +108,7 @@ def run(options: WorkerOptions, emit: Emitter) -> int:
             emit("error", text=str(error), exit_code=error.exit_code)
             return error.exit_code
         except Stopped:
-            emit("stopping", text="stopped before the training began")
+            emit("stopping", text="stopped outside of a round, nothing to save")
             return stop.exit_code or EXIT_TERMINATED
 
 
@@ -172,7 +172,8 @@ def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
             stack.callback(channels[-1].close)
         complete = job.train(coordination, admission, channels)
     if not complete:
-        emit("stopping", text=f"state saved after round {job.round}")
+        saved = "state saved" if options.out else "nothing saved (no --out)"
+        emit("stopping", text=f"stopped after round {job.round}, {saved}")
         return stop.exit_code or EXIT_TERMINATED
     job.finish()
     return 0
@@ -235,9 +236,9 @@ class _Job:
             text = str(error)
             raise
         finally:
-            self._stop.training = False
             exchange.close(ending, text)
             coordination.leave(ending, text)
+            self._stop.training = False
         return complete
 
     def finish(self) -> None:

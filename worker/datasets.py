@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import DataSpec, DatasetName, Split
+from common.config import DatasetName, DataSpec, Split
 from common.errors import DataError, SpecError, refusal
 from worker.data import Dataset, Samples, TensorSamples
 

@@ -54,9 +54,9 @@ class RunFolder:
             stream.write(json.dumps(line) + "\n")
 
     def sums(self) -> dict[str, float]:
-        """Sums over all rounds of the run, also those before a resume."""
+        """Sums over all rounds in the folder, also those before a resume in the same one, and their number."""
         lines = self._lines()
-        return {name: sum(line[name] for line in lines) for name in _SUMS}
+        return {"rounds": len(lines), **{name: sum(line[name] for line in lines) for name in _SUMS}}
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json under a temporary name, then renames it."""
@@ -129,17 +129,18 @@ class RunRecorder:
         """Writes and tells the result of a complete training."""
         if not self._folder:
             return
-        sums, rounds = self._folder.sums(), self._rounds
+        sums = self._folder.sums()
+        recorded = max(sums["rounds"], 1)
         result = {
             "job_id": self._spec.job_id,
             **accuracies(evaluation),
             "samples": evaluation.samples,
-            "rounds": rounds,
+            "rounds": self._rounds,
             "workers": self._spec.workers,
             "servers": self._spec.servers,
             "parameters": self._replica.parameters.theta.numel(),
-            "pushed_bytes_per_round": sums["pushed_bytes"] / rounds,
-            "pulled_bytes_per_round": sums["pulled_bytes"] / rounds,
+            "pushed_bytes_per_round": sums["pushed_bytes"] / recorded,
+            "pulled_bytes_per_round": sums["pulled_bytes"] / recorded,
             "seconds": round(sums["round_s"], 3),
             "attack_seconds": round(sums["attack_s"], 3),
             "compute_seconds": round(sums["compute_s"], 3),

@@ -84,7 +84,7 @@ def test_at_most_one_element_is_at_the_highest_level(bits: int, values: list[flo
 
 @every_width
 def test_denormal_vectors_never_have_two_elements_at_the_highest_level(bits: int) -> None:
-    """The norm of (1, 1) units is rounded up to 2 units; to nearest, both elements would equal it."""
+    """The norm of (1, 1) units is rounded up to 2 units; to nearest, both would equal it and `encode` would refuse."""
     unit = np.float32(1e-45)
     for d in range(2, 40):
         values = np.full(d, unit)

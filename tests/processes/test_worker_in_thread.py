@@ -1,0 +1,216 @@
+"""`worker.daemon.run` in threads: what a user's mistake does, and that the others go on without harm."""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.events import Emitter
+from tests.support import DEADLINE_S, job, running_server
+from worker.daemon import WorkerOptions, evaluate_checkpoint, run
+
+TRAINING_S = 60.0
+FAST = ("attack.epsilon=0.2", "attack.steps=1", "attack.step_size=0.1", "evaluation.attack.steps=1")
+
+
+def work(address: str, worker_id: str = "worker-0", **options: Any) -> tuple[int, list[dict[str, Any]]]:
+    """One worker; returns its exit code and events."""
+    log = io.StringIO()
+    code = run(WorkerOptions(server=address, worker_id=worker_id, **options), Emitter(worker_id, stream=log))
+    return code, [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+def error_of(events: list[dict[str, Any]]) -> str:
+    return "\n".join(event["text"] for event in events if event["event"] == "error")
+
+
+def image_folder(root: Path, images: int = 12) -> Path:
+    """Two classes of random 16x16 images, the same ones each time."""
+    random = np.random.default_rng(3)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(images):
+                pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+    return root
+
+
+FOLDER = ("data.name=imagefolder", "data.batch_per_worker=4", "schedule.epochs=1", *FAST)
+
+
+def test_two_workers_with_folders_of_their_own_train_together(tmp_path: Path) -> None:
+    spec = job("workers=2", "data.split=own", "model.name=resnet8", "model.width=4", *FOLDER)
+    roots = [image_folder(tmp_path / "a"), image_folder(tmp_path / "b", images=20)]
+    out = tmp_path / "run"
+    with running_server(spec) as server, ThreadPoolExecutor(2) as pool:
+        done = [
+            pool.submit(work, server.address, f"worker-{n}", data=roots[n], out=out if n == 0 else None)
+            for n in range(2)
+        ]
+        assert [future.result(TRAINING_S)[0] for future in done] == [0, 0]
+        assert server.outcome.result(DEADLINE_S).exit_code == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["rounds"] == (24 + 40) // 8
+    assert result["samples"] == 24
+    report = evaluate_checkpoint(out, settings=[], data=roots[0], device="cpu", threads=None)
+    assert report["clean_accuracy"] == result["clean_accuracy"]
+    assert report["robust_accuracy"] == result["robust_accuracy"]
+
+
+def unreadable(root: Path) -> Path:
+    (root / "train" / "dog" / "0003.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (lambda root: root / "nowhere", "nowhere"),
+        (lambda root: unreadable(image_folder(root)), "0003.png"),
+        (lambda root: None, "data folder"),
+    ],
+    ids=["missing folder", "unreadable image", "no folder given"],
+)
+def test_bad_data_ends_its_own_worker_with_2_and_frees_its_place(tmp_path: Path, prepare: Any, text: str) -> None:
+    spec = job("workers=1", "model.name=resnet8", "model.width=4", *FOLDER)
+    bad, good = prepare(tmp_path / "bad"), image_folder(tmp_path / "good")
+    with running_server(spec) as server:
+        code, events = work(server.address, data=bad)
+        assert code == 2
+        assert text in error_of(events)
+        assert "expected " in error_of(events)
+        assert ", got " in error_of(events)
+        assert work(server.address, data=good)[0] == 0
+        assert server.outcome.result(DEADLINE_S).exit_code == 0
+
+
+def test_another_job_and_a_device_that_is_not_there_are_refused() -> None:
+    spec = job("workers=1")
+    with running_server(spec) as server:
+        code, events = work(server.address, job_id="other")
+        assert (code, "expected job_id=datps, got job_id=other" in error_of(events)) == (76, True)
+        code, events = work(server.address, device="cuda:99")
+        assert (code, "got device=cuda:99" in error_of(events)) == (2, True)
+
+
+def test_a_server_that_never_comes_up_ends_the_worker_with_75() -> None:
+    code, events = work("127.0.0.1:1", connect_s=0.3)
+    assert code == 75
+    assert error_of(events) == "expected a server that answers within 0.3 s, got server=127.0.0.1:1"
+
+
+def train_alone(
+    out: Path | None = None, resume: Path | None = None, *settings: str
+) -> tuple[int, list[dict[str, Any]]]:
+    spec = job("workers=1", "schedule.epochs=1", "data.batch_per_worker=128", *FAST, *settings)
+    with running_server(spec) as server:
+        return work(server.address, out=out, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a short training with a checkpoint."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    assert train_alone(out)[0] == 0
+    return out
+
+
+def copy_of(run_folder: Path, to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(run_folder, to))
+
+
+def test_a_run_folder_holds_what_it_promises(trained: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    promised = {"clean_accuracy", "robust_accuracy", "rounds", "workers", "servers", "parameters", "seconds"}
+    promised |= {"pushed_bytes_per_round", "pulled_bytes_per_round", "communication_seconds", "parameter_digest"}
+    assert promised <= set(result)
+    assert {"python", "torch", "numpy", "grpcio", "protobuf", "datps"} <= set(result["versions"])
+    lines = [json.loads(line) for line in (trained / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(1, 12))
+    assert result["pushed_bytes_per_round"] == pytest.approx(sum(line["pushed_bytes"] for line in lines) / 11)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda folder: cut(folder / "state.safetensors"), "damaged"),
+        (lambda folder: cut(folder / "state.json"), "expected a whole checkpoint"),
+        (lambda folder: (folder / "state.safetensors").unlink(), "expected a whole checkpoint"),
+        (lambda folder: flip(folder / "state.safetensors"), "damaged"),
+    ],
+    ids=["tensors cut in half", "description cut in half", "tensors missing", "one bit flipped"],
+)
+def test_a_damaged_checkpoint_is_refused_with_65(trained: Path, tmp_path: Path, damage: Any, text: str) -> None:
+    folder = copy_of(trained, tmp_path / "run")
+    damage(folder / "checkpoints" / "round-000011")
+    code, events = train_alone(None, folder)
+    assert code == 65
+    assert text in error_of(events)
+
+
+def cut(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused_with_65(trained: Path) -> None:
+    code, events = train_alone(None, trained, "model.width=8")
+    assert (code, "checkpoint of another model" in error_of(events)) == (65, True)
+    code, events = train_alone(None, trained, "optimizer.name=sgd")
+    assert (code, "optimizer state" in error_of(events)) == (65, True)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path) -> None:
+    before = (trained / "rounds.jsonl").read_text()
+    code, events = train_alone(trained)
+    assert (code, "expected a folder without a run" in error_of(events)) == (2, True)
+    assert (trained / "rounds.jsonl").read_text() == before
+
+
+def test_a_resume_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    code, events = train_alone(None, tmp_path)
+    assert (code, "none found" in error_of(events)) == (2, True)
+
+
+def test_a_worker_with_a_name_that_is_live_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    spec = job("workers=2", "schedule.epochs=1", "data.batch_per_worker=128", *FAST)
+    with running_server(spec) as server, ThreadPoolExecutor(3) as pool:
+        first: Future[Any] = pool.submit(work, server.address, "worker-0")
+        joined(server)
+        code, events = work(server.address, "worker-0")
+        assert (code, "a worker_id that is not live, got worker_id=worker-0" in error_of(events)) == (76, True)
+        assert work(server.address, "worker-1")[0] == 0
+        assert first.result(TRAINING_S)[0] == 0
+
+
+def joined(server: Any) -> None:
+    """Waits until the server has told that a worker joined."""
+    import threading
+
+    seen = threading.Event()
+
+    def look() -> None:
+        if any(event["event"] == "joined" for event in server.events):
+            seen.set()
+        else:
+            server.loop.call_later(0.01, look)
+
+    server.call(look)
+    assert seen.wait(DEADLINE_S)
