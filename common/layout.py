@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from common.codecs import Codec, make_codec, wire_bits_per_element
+from common.codecs import Codec, make_codec
 from common.config import CodecName, CodecSpec, JobSpec
 from common.errors import SpecError, refusal
 
@@ -146,7 +146,7 @@ def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
         e=e,
         layer_edges=tuple(edges),
         shard_edges=shard_edges,
-        buckets=_cut_buckets(shard_edges, _even_cuts(0, e, spec.servers, 1), alignment, spec),
+        buckets=_cut_buckets(shard_edges, _even_cuts(0, e, spec.servers, 1), edges, spec),
         servers=spec.servers,
     )
 
@@ -159,8 +159,7 @@ def push_codec(layout: Layout, spec: JobSpec) -> Codec:
 def pull_codec(layout: Layout, spec: JobSpec, shard: int) -> Codec:
     """The codec of one shard's averages: float32 unless the job is two-sided."""
     start, stop = layout.shard_edges[shard], layout.shard_edges[shard + 1]
-    codec = spec.codec if spec.codec.two_sided else UNCOMPRESSED
-    return make_codec(codec, start=start, stop=stop, layer_edges=layout.layer_edges)
+    return make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layout.layer_edges)
 
 
 def state_codec(layout: Layout) -> Codec:
@@ -168,26 +167,45 @@ def state_codec(layout: Layout) -> Codec:
     return make_codec(UNCOMPRESSED, start=0, stop=layout.e, layer_edges=(0, layout.e))
 
 
+def _pull_spec(spec: JobSpec) -> CodecSpec:
+    return spec.codec if spec.codec.two_sided else UNCOMPRESSED
+
+
 def _cut_buckets(
-    shard_edges: tuple[int, ...], state_edges: tuple[int, ...], alignment: int, spec: JobSpec
+    shard_edges: tuple[int, ...], state_edges: tuple[int, ...], layer_edges: Sequence[int], spec: JobSpec
 ) -> tuple[Bucket, ...]:
-    pull = wire_bits_per_element(spec.codec) if spec.codec.two_sided else 32.0
-    bits = max(wire_bits_per_element(spec.codec), pull)
-    cuts = (
-        (BucketKind.GRADIENT, shard_edges, alignment, bits),
-        (BucketKind.STATE, state_edges, 1, 32.0),
-    )
+    d, e = shard_edges[-1], state_edges[-1]
+    push = make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges)
+    state = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
     buckets: list[Bucket] = []
     for shard in range(spec.servers):
-        for kind, edges, unit, width in cuts:
-            start, stop = edges[shard], edges[shard + 1]
-            if start == stop:
-                continue
-            room = max(unit, int(spec.exchange.bucket_bytes * 8 / width) // unit * unit)
-            inner = _even_cuts(start, stop, math.ceil((stop - start) / room), unit)
+        start, stop = shard_edges[shard], shard_edges[shard + 1]
+        pull = make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layer_edges)
+        for kind, edges, codecs in (
+            (BucketKind.GRADIENT, shard_edges, (push, pull)),
+            (BucketKind.STATE, state_edges, (state,)),
+        ):
+            inner = _cuts_within(edges[shard], edges[shard + 1], codecs, spec.exchange.bucket_bytes)
             for first, last in itertools.pairwise(inner):
                 buckets.append(Bucket(number=len(buckets), shard=shard, kind=kind, start=first, n=last - first))
     return tuple(buckets)
+
+
+def _cuts_within(start: int, stop: int, codecs: Sequence[Codec], bucket_bytes: int) -> tuple[int, ...]:
+    """Even cuts into as few parts as keep all of a part's scales and payload, by each codec, within `bucket_bytes`.
+
+    A part of one alignment unit may exceed it. `start` must be a multiple of the unit, which is the first codec's.
+    """
+    unit = codecs[0].alignment
+    units, parts = math.ceil((stop - start) / unit), 1
+    if not units:
+        return ()
+    while True:
+        cuts = _even_cuts(start, stop, parts, unit)
+        largest = max(codec.wire_bytes(a, b - a) for codec in codecs for a, b in itertools.pairwise(cuts))
+        if largest <= bucket_bytes or parts == units:
+            return cuts
+        parts = min(units, math.ceil(parts * largest / bucket_bytes))
 
 
 def _even_cuts(start: int, stop: int, parts: int, unit: int) -> tuple[int, ...]:

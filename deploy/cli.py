@@ -24,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import ENVIRONMENT_PREFIX, JobSpec, load_job_spec
-from common.errors import EXIT_INTERRUPTED, DatpsError, SpecError, refusal
+from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from deploy import recipes, runs
 
 _FLAGS = (
-    *("baseline", "data", "device", "download", "host", "job", "json", "out", "port", "recipe", "resume"),
+    *("baseline", "connect_s", "data", "device", "download", "host", "job", "json", "out", "port", "recipe", "resume"),
     *("server", "shard", "shard_addresses", "threads", "worker_id"),
 )
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
@@ -156,6 +156,9 @@ def worker(
             show_default=False,
         ),
     ] = None,
+    connect_s: Annotated[
+        float, typer.Option(envvar=_variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
+    ] = 60.0,
     data: DataOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
@@ -177,6 +180,7 @@ def worker(
             server=server,
             worker_id=worker_id,
             job_id=job_id,
+            connect_s=connect_s,
             data=data,
             download=download,
             device=device,
@@ -214,11 +218,11 @@ def train(
     With data.split=own worker-0 reads DATA/worker-0, and so on.
     """
     with _errors(as_json, "train"):
-        from deploy.train import TrainOptions, spec_to_resume
+        from deploy.train import TrainOptions, job_to_resume
 
         if resume is not None and _given(context, "resume", over=("job", "recipe", "out")):
-            spec = spec_to_resume(resume, settings=settings or [], environment=os.environ, reserved=RESERVED)
-            title, folder = resume.resolve().name, resume
+            folder = runs.without_links(resume)
+            spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
         else:
             resume = None
             spec, title = _job_spec(context, job, recipe, settings)
@@ -344,12 +348,15 @@ def _train(options: Any, as_json: bool) -> int:
         outcome = run_training(options, display)
         if outcome.exit_code == 0:
             return 0
+        stopped = outcome.exit_code in (EXIT_TERMINATED, EXIT_INTERRUPTED)
         text = outcome.text if outcome.reason is None else f"{outcome.text}: {outcome.reason}"
+        if (stopped or outcome.exit_code == EXIT_RETRY) and runs.has_checkpoint(options.folder):
+            text += f"; `datps train --resume {options.folder}` goes on"
         if outcome.process is not None:
             text += f" (logs in {options.folder / runs.LOGS})"
-        display.say("error", text, exit_code=outcome.exit_code)
+        display.say("stopping" if stopped else "error", text, exit_code=outcome.exit_code)
     if not as_json:
-        typer.echo(f"error: {text}", err=True)
+        typer.echo(text if stopped else f"error: {text}", err=True)
     return outcome.exit_code
 
 

@@ -121,8 +121,8 @@ class LocalCluster:
             spec: how many servers and workers.
             folder: the run folder; logs go to `logs/` in it.
             commands: how the processes are run.
-            observe: called with every event of the processes and of the launcher itself, in the main thread, and with
-                `{"event": "tick"}` now and then.
+            observe: called with every event of the processes and of the launcher itself, and with `tick` now and then;
+                in the main thread.
             patience: deadlines; the usual ones if None.
         """
         self._spec = spec
@@ -165,7 +165,7 @@ class LocalCluster:
                 return message
         self._tick_s = time.monotonic() + TICK_S
         self._report_awaited()
-        self._observe({"event": "tick"})
+        self._observe(_event("tick", "train"))
         return Tick()
 
     def _perform(self, effects: list[Effect]) -> Outcome | None:

@@ -92,9 +92,9 @@ class TerminalDisplay:
             self._draw()
 
     def say(self, event: str, text: str, **_fields: Any) -> None:
-        """See `Display`; errors are the caller's to print."""
+        """See `Display`; how it ended is the caller's to print."""
         self._close()
-        if event != "error":
+        if event not in ("error", "stopping"):
             self._console.print(Text(text))
 
     def result(self, title: str, folder: str, result: Mapping[str, Any], robust_name: str) -> None:
@@ -166,16 +166,21 @@ class JsonLinesDisplay:
 
 def render(view: RunView) -> RenderableType:
     """The picture of a running cluster."""
-    header = Text.assemble((view.title, "bold"), ("  " + view.job, ""))
-    parts: list[RenderableType] = [header, Text(f"run folder {view.folder}", style=_LABEL), _processes(view)]
-    parts.append(_progress(view))
-    parts.append(_figures(view))
+    parts: list[RenderableType] = [
+        Text.assemble((view.title, "bold"), f"  {view.job}"),
+        Text(f"run folder {view.folder}", style=_LABEL),
+        _processes(view),
+        _progress(view),
+        _figures(view),
+    ]
     if view.waiting_for:
-        waited = f"waiting for {', '.join(view.waiting_for)} ({view.waited_s:.0f} s)"
-        parts.append(Text(waited, style="yellow"))
+        parts.append(Text(f"waiting for {', '.join(view.waiting_for)} ({view.waited_s:.0f} s)", style="yellow"))
+    elif view.slow_starters:
+        waited_s = view.now_s - min(view.processes[name].started_s for name in view.slow_starters)
+        parts.append(Text(f"waiting for {', '.join(view.slow_starters)} to start ({waited_s:.0f} s)", style="yellow"))
     if view.message:
         parts.append(Text(view.message, style="yellow"))
-    return Group(*parts)
+    return Group(*parts, Text(""))
 
 
 def summary(title: str, folder: str, result: Mapping[str, Any], robust_name: str) -> RenderableType:
@@ -237,7 +242,9 @@ def _progress(view: RunView) -> RenderableType:
     line = Table.grid(padding=(0, 2, 0, 0))
     bar = ProgressBar(total=max(view.rounds, 1), completed=view.round, width=40)
     left = f"{_duration(view.remaining_s)} left" if view.remaining_s is not None and view.round < view.rounds else ""
-    line.add_row(bar, f"round {view.round}/{view.rounds}", f"epoch {view.epoch:.1f}", _duration(view.seconds), left)
+    line.add_row(
+        bar, f"round {view.round}/{view.rounds or '-'}", f"epoch {view.epoch:.1f}", _duration(view.seconds), left
+    )
     return line
 
 
@@ -252,8 +259,8 @@ def _figures(view: RunView) -> RenderableType:
         "test", f"clean accuracy {_percent(view.clean_accuracy)}, robust accuracy {_percent(view.robust_accuracy)}{at}"
     )
     grid.add_row(
-        "traffic", f"pushed {_bytes(view.pushed_bytes)} and pulled {_bytes(view.pulled_bytes)} a round and worker; "
-        f"in all {_bytes(view.pushed_total_bytes)} and {_bytes(view.pulled_total_bytes)}"
+        "traffic", f"pushed {_bytes(view.pushed_bytes)} and pulled {_bytes(view.pulled_bytes)} per round and worker, "
+        f"{_bytes(view.pushed_total_bytes)} and {_bytes(view.pulled_total_bytes)} in all"
     )  # fmt: skip
     grid.add_row(
         "time", f"attacking {view.attack_s:.1f} s, computing {view.compute_s:.1f} s, "
@@ -271,7 +278,7 @@ def _grid() -> Table:
 
 def _against_float32(per_round: float, parameters: int) -> str:
     float32 = _FLOAT32_BYTES * parameters
-    return f"{_bytes(per_round)} a round and worker; float32 takes {_bytes(float32)} ({float32 / per_round:.2f} x)"
+    return f"{_bytes(per_round)} per round and worker; float32 takes {_bytes(float32)} ({float32 / per_round:.2f} x)"
 
 
 def _percent(fraction: float | None) -> str:

@@ -1,7 +1,7 @@
 """What `datps train` shows, as a pure function of the events: `view = update(view, event)`.
 
 Events are those of the daemons (see `common.events` and the daemons' modules) and the launcher's own: `started`
-(process, role, pid), `ended` (process, exit_code), `stopping` (text).
+(process, role, pid), `ended` (process, exit_code), `stopping` (text), `tick`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from deploy.supervision import Role
 LEAD = "worker-0"
 """Whose times are shown; losses and accuracies are the same on all workers."""
 _STOPPED = (EXIT_TERMINATED, EXIT_INTERRUPTED, -signal.SIGTERM)
+
+
+_SLOW_START_S = 3.0
 
 
 class ProcessState(StrEnum):
@@ -43,6 +46,7 @@ class ProcessView:
     """A server's address, a worker's index and device."""
     note: str = ""
     """An error or refusal."""
+    started_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class RunView:
     title: str
     folder: str
     job: str = ""
+    """What is trained and how, in a line."""
+    now_s: float = 0.0
     processes: Mapping[str, ProcessView] = field(default_factory=dict)
     round: int = 0
     rounds: int = 0
@@ -82,6 +88,12 @@ class RunView:
     result: Mapping[str, Any] | None = None
 
     @property
+    def slow_starters(self) -> tuple[str, ...]:
+        """Processes that still start after a while, and are waited for."""
+        starting = (p for p in self.processes.values() if p.state is ProcessState.STARTING)
+        return tuple(p.name for p in starting if self.now_s - p.started_s >= _SLOW_START_S)
+
+    @property
     def remaining_s(self) -> float | None:
         """Estimated from the rounds so far."""
         if self.seconds_per_round is None or not self.rounds:
@@ -102,8 +114,13 @@ def update(view: RunView, event: Mapping[str, Any]) -> RunView:
 
 
 def _started(view: RunView, event: Mapping[str, Any]) -> RunView:
-    process = ProcessView(name=event["process"], role=Role(event["role"]), pid=event["pid"])
+    role, started_s = Role(event["role"]), event["time"]
+    process = ProcessView(name=event["process"], role=role, pid=event["pid"], started_s=started_s)
     return replace(view, processes={**view.processes, process.name: process})
+
+
+def _tick(view: RunView, event: Mapping[str, Any]) -> RunView:
+    return replace(view, now_s=event["time"])
 
 
 def _listening(view: RunView, event: Mapping[str, Any]) -> RunView:
@@ -124,8 +141,7 @@ def _view_formed(view: RunView, _event: Mapping[str, Any]) -> RunView:
 def _admitted(view: RunView, event: Mapping[str, Any]) -> RunView:
     place = f"worker_index {event['worker_index']}, {event['device']}"
     view = _with(view, event["process"], state=ProcessState.TRAINING, place=place)
-    job = f"{event['model']} on {event['data']}, {event['workers']} workers, {event['parameters']:,} parameters"
-    return replace(view, job=job, rounds=event["rounds"], parameters=event["parameters"], waiting_for=())
+    return replace(view, rounds=event["rounds"], parameters=event["parameters"], waiting_for=())
 
 
 def _round(view: RunView, event: Mapping[str, Any]) -> RunView:
@@ -188,7 +204,8 @@ def _ended(view: RunView, event: Mapping[str, Any]) -> RunView:
     code = event["exit_code"]
     state = ProcessState.DONE if code == 0 else ProcessState.STOPPED if code in _STOPPED else ProcessState.FAILED
     process = view.processes.get(event["process"])
-    note = process.note if process and process.note else "" if code == 0 else f"exit code {code}"
+    said = process.note if process else ""
+    note = said or ("" if code == 0 else f"exit code {code}" if code > 0 else signal.Signals(-code).name)
     view = _with(view, event["process"], state=state, note=note)
     running = (p for p in view.processes.values() if p.role is Role.WORKER)
     ended = (ProcessState.DONE, ProcessState.STOPPED, ProcessState.FAILED)
@@ -206,6 +223,7 @@ def _result(view: RunView, event: Mapping[str, Any]) -> RunView:
 
 
 _HANDLERS: dict[str, Callable[[RunView, Mapping[str, Any]], RunView]] = {
+    "tick": _tick,
     "started": _started,
     "listening": _listening,
     "joined": _joined,

@@ -50,13 +50,19 @@ def point_latest_to(folder: Path) -> None:
     temporary.replace(RUNS / LATEST)
 
 
+def without_links(folder: Path) -> Path:
+    """The folder itself, relative to here if it is below: `runs/latest` may point elsewhere a moment later."""
+    real = folder.resolve()
+    return real.relative_to(Path.cwd()) if real.is_relative_to(Path.cwd()) else real
+
+
 def write_job(folder: Path, spec: JobSpec, title: str) -> None:
-    """Writes the resolved job spec."""
-    _write(folder / JOB, f"# {title}, resolved\n{spec.to_yaml()}")
+    """Writes the resolved job spec; its first line is the title."""
+    _write(folder / JOB, f"# {title}\n{spec.to_yaml()}")
 
 
-def read_job(folder: Path) -> JobSpec:
-    """The job spec of an earlier run.
+def read_job(folder: Path) -> tuple[JobSpec, str]:
+    """The job spec of an earlier run, and its title.
 
     Raises:
         SpecError: the folder is no run folder, or its job.yaml is not valid.
@@ -66,7 +72,9 @@ def read_job(folder: Path) -> JobSpec:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SpecError(refusal(f"a run folder with {JOB}", "resume", folder, error.strerror or "")) from None
-    return load_job_spec(yaml_text=text, yaml_name=str(path))
+    first = text.partition("\n")[0]
+    title = first.removeprefix("#").strip() if first.startswith("#") else folder.resolve().name
+    return load_job_spec(yaml_text=text, yaml_name=str(path)), title
 
 
 def has_checkpoint(folder: Path) -> bool:

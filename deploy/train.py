@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import AttackName, JobSpec, load_job_spec, spec_keys
+from common.config import AttackName, AttackSpec, CodecName, JobSpec, load_job_spec, spec_keys
 from common.errors import EXIT_RETRY, SpecError, refusal
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
@@ -83,15 +83,15 @@ def train(
     return failure or Outcome(exit_code=0, text="complete")
 
 
-def spec_to_resume(
+def job_to_resume(
     folder: Path, *, settings: Sequence[str], environment: Mapping[str, str], reserved: frozenset[str]
-) -> JobSpec:
-    """The job of the run in `folder`, which is complete or can go on.
+) -> tuple[JobSpec, str]:
+    """The job of the run in `folder`, which is complete or can go on, and its title.
 
     Raises:
         SpecError: no run folder, nothing to go on from, or settings that would make it another job.
     """
-    spec = runs.read_job(folder)
+    spec, title = runs.read_job(folder)
     wanted = load_job_spec(
         yaml_text=spec.to_yaml(), yaml_name=runs.JOB, environment=environment, settings=settings, reserved=reserved
     )
@@ -100,7 +100,7 @@ def spec_to_resume(
         raise SpecError(refusal(rule, key, theirs, "a resumed run keeps its job"))
     if runs.read_result(folder) is None and not runs.has_checkpoint(folder):
         raise SpecError(refusal("a run folder with checkpoints", "resume", folder, "none found"))
-    return spec
+    return spec, title
 
 
 def baseline_spec(spec: JobSpec) -> JobSpec:
@@ -112,12 +112,19 @@ def baseline_spec(spec: JobSpec) -> JobSpec:
     return JobSpec.model_validate(sections)
 
 
+def in_words(spec: JobSpec) -> str:
+    """The job in one line."""
+    attack, codec = spec.attack, spec.codec
+    steps = f", {attack.steps} steps" if attack.name is AttackName.PGD else ""
+    attacked = "no attack" if attack.name is AttackName.NONE else f"{attack.name} epsilon {_epsilon(attack)}{steps}"
+    bits = f"{codec.bits}-bit " if codec.name in (CodecName.RANDOMIZED, CodecName.PAPER) else ""
+    ways = "both ways" if codec.two_sided else "one way"
+    return f"{spec.model.name} on {spec.data.name}, {attacked}, {spec.optimizer.name}, {bits}{codec.name} {ways}"
+
+
 def robust_name(spec: JobSpec) -> str:
     """The evaluation attack in short: `PGD-20, epsilon 8/255`."""
-    attack = spec.evaluation_attack
-    pixels = round(attack.epsilon * 255, 9)
-    epsilon = f"{pixels:.0f}/255" if pixels == int(pixels) and attack.epsilon < 0.1 else f"{attack.epsilon:g}"
-    return f"PGD-{attack.steps}, epsilon {epsilon}"
+    return f"PGD-{spec.evaluation_attack.steps}, epsilon {_epsilon(spec.evaluation_attack)}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class _Run:
         """Runs one job in one folder."""
         if not resume:
             runs.write_job(folder, spec, title)
-        self.display.open(RunView(title=title, folder=str(folder)))
+        self.display.open(RunView(title=title, job=in_words(spec), folder=str(folder)))
         commands = self.commands(spec, folder, resume)
         return LocalCluster(
             spec=spec, folder=folder, commands=commands, observe=self.display.observe, patience=self.patience
@@ -179,6 +186,12 @@ def _download(options: TrainOptions) -> None:
     from worker.datasets import load_dataset
 
     load_dataset(options.spec.data, root=options.data, download=True)
+
+
+def _epsilon(attack: AttackSpec) -> str:
+    """As papers write it: `8/255` for small ones."""
+    pixels = round(attack.epsilon * 255, 9)
+    return f"{pixels:.0f}/255" if 0 < pixels < 26 and pixels == int(pixels) else f"{attack.epsilon:g}"
 
 
 def _differences(ours: JobSpec, theirs: JobSpec) -> Iterator[tuple[str, object, object]]:

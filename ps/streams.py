@@ -62,6 +62,8 @@ async def serve_stream(
         if reader.done() and not reader.exception():
             outbox.close()
             await writer
+    except asyncio.CancelledError:
+        pass  # the peer has gone, or the server stops: nobody is left to hear of it, and grpc would log a traceback
     finally:
         for task in (reader, writer):
             task.cancel()

@@ -33,6 +33,7 @@ from worker.replica import Replica, load_model
 from worker.trainer import Trainer
 
 KEEPALIVE_S = 10.0
+"""Of the Join stream, which is open before the job spec is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,8 @@ def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
         emit("offered", job_id=spec.job_id, model=model, workers=spec.workers, servers=spec.servers)
         job = _Job(options, emit, stop, spec, device, checkpoint)
         admission = coordination.get_ready(job.ready_replica())
-        channels = [channel]
-        for address in admission.shard_addresses[1:]:
+        channels = []
+        for address in (options.server, *admission.shard_addresses[1:]):
             channels.append(connect(address, options.connect_s, spec.deadlines.keepalive_s))
             stack.callback(channels[-1].close)
         complete = job.train(coordination, admission, channels)

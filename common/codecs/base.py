@@ -42,7 +42,7 @@ class RandomKey:
         return first, second
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Encoded:
     """One bucket as it travels.
 
@@ -55,7 +55,7 @@ class Encoded:
     payload: bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockScales:
     """Scales of blocks, measured ahead of encoding over a range of the vector.
 
@@ -83,7 +83,7 @@ class Codec(Protocol):
         ...
 
     def measure(self, values: Float32, start: int) -> BlockScales | None:
-        """Scales of all blocks of the range [start, start + len(values)); None where buckets carry their own.
+        """Scales of the blocks of a stretch of whole blocks from `start`; None where buckets carry their own.
 
         Raises:
             CodecError: a value is NaN or infinite, or a scale overflows.
@@ -94,7 +94,8 @@ class Codec(Protocol):
         """Encodes the bucket [start, start + len(values)).
 
         Args:
-            values: float32 of shape (n,), contiguous; not changed.
+            values: float32 of shape (n,), contiguous; not changed. They end at a multiple of `alignment`, or where
+                the encoder's range ends.
             start: flat index of values[0]; a multiple of `alignment`.
             key: determines all random draws.
             measured: from `measure`; required if `needs_whole_vector`.
@@ -108,8 +109,8 @@ class Codec(Protocol):
         """Checks a received bucket before any of it is used.
 
         Raises:
-            CodecError: wrong number of scales or bytes, a scale that is not finite, or (codecs without scales) a
-                value that is NaN or infinite.
+            CodecError: wrong number of scales or bytes, a scale that is not finite or is negative (`paper`: its sign
+                bit is data), or (codecs without scales) a value that is NaN or infinite.
         """
         ...
 

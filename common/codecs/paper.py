@@ -60,7 +60,7 @@ class PaperCodec:
     def encode(self, values: Float32, start: int, key: RandomKey, measured: BlockScales | None = None) -> Encoded:
         """See `Codec`."""
         require_vector(values)
-        scales = bucket_scales(values, start, self._blocks, measured).copy()
+        scales = bucket_scales(values, start, self._blocks, measured)
         factors = level_factors(scales, self._levels)
         levels: NDArray[Any] = np.empty(len(values), np.int32 if self._bits == 16 else np.int16)
         for run in self._blocks.runs(start, len(values)):

@@ -137,7 +137,7 @@ def measured_scales(values: Float32, start: int, blocks: Blocks, norm: ScaleNorm
 
 
 def bucket_scales(values: Float32, start: int, blocks: Blocks, measured: BlockScales | None) -> Float32:
-    """The measured scales of the blocks that a bucket overlaps.
+    """The measured scales of the blocks that a bucket overlaps, copied.
 
     Raises:
         CodecError: they are missing or not of these values, or a value is NaN or infinite.
@@ -146,7 +146,7 @@ def bucket_scales(values: Float32, start: int, blocks: Blocks, measured: BlockSc
     if measured is None:
         raise CodecError(refusal("scales measured ahead", "measured", None, f"bucket at element {start}"))
     first = numbers.start - measured.first_block
-    scales = measured.values[max(first, 0) : first + len(numbers)]
+    scales = measured.values[max(first, 0) : max(first + len(numbers), 0)].copy()
     if len(scales) != len(numbers):
         known = f"{measured.first_block} to {measured.first_block + len(measured.values) - 1}"
         raise CodecError(refusal(f"scales of the blocks {numbers.start} to {numbers.stop - 1}", "blocks", known))

@@ -85,6 +85,7 @@ def channel_options(keepalive_s: float) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", MAXIMAL_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", interval_ms),
         ("grpc.keepalive_timeout_ms", interval_ms),
+        ("grpc.http2.ping_timeout_ms", interval_ms),  # its default of a minute outlasts the keepalive timeout
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]

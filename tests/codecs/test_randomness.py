@@ -103,9 +103,9 @@ def test_elements_are_independent_of_those_at_a_distance(lag: int) -> None:
     ],
     ids=lambda key: f"seed {key.seed} round {key.round} source {key.source}",
 )
-@pytest.mark.parametrize("shift", [0, 1, -1, 512])
-def test_rounds_workers_and_seeds_are_independent_at_any_shift(other: RandomKey, shift: int) -> None:
-    assert abs(dependence(uniforms(KEY, 1024, N), uniforms(other, 1024 + shift, N))) < LIMIT
+def test_rounds_workers_and_seeds_are_independent_at_any_shift(other: RandomKey) -> None:
+    for shift in (0, 1, -1, 512):
+        assert abs(dependence(uniforms(KEY, 1024, N), uniforms(other, 1024 + shift, N))) < LIMIT
 
 
 def test_two_keys_are_independent_even_where_their_sequences_agree_but_for_a_shift() -> None:

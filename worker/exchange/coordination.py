@@ -111,7 +111,7 @@ class Coordination:
             view=admission.view,
             worker_ids=tuple(admission.worker_ids),
             samples=tuple(admission.samples),
-            shard_addresses=tuple(admission.shard_addresses) or (self._address,),
+            shard_addresses=(self._address, *admission.shard_addresses[1:]),
             coordinator_incarnation=self._incarnation,
         )
 
@@ -150,6 +150,8 @@ class Coordination:
         """Ends the Join stream; without `leave` before it, the server takes us for lost."""
         self._left = True
         self._outgoing.put(None)
+        if self._watcher:
+            self._watcher.join(LEAVE_S)
         self._responses.cancel()
 
     def _requests(self) -> Iterator[wire.JoinRequest]:
