@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import JobSpec, load_job_spec
+from common.config import JobSpec
 from common.errors import DatpsError
+from common.spec_sources import load_job_spec
 from deploy import recipes, runs
 from deploy.cluster import DatpsCommands, LocalCluster, threads_per_worker
 

@@ -1,23 +1,17 @@
 """The job spec: everything that the participants of one job must agree on, frozen and validated.
 
-It is the one source of YAML keys, `--set` flags and `DATPS_*` variables. The server's job spec is the only one of a
-job; workers receive it when they join. What belongs to one process (addresses, paths, devices) is not in here.
-
-`load_job_spec` merges with precedence flag > environment > YAML > default and refuses unknown keys with the nearest
-known name.
+It is the one source of YAML keys, `--set` flags and `DATPS_*` variables (`common/spec_sources.py` reads them). The
+server's job spec is the only one of a job; workers receive it when they join. What belongs to one process (addresses,
+paths, devices) is not in here.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from fractions import Fraction
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import yaml
 from pydantic import (
@@ -25,14 +19,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from common.errors import SpecError, refusal
+from common.errors import refusal
 
 ENVIRONMENT_PREFIX = "DATPS_"
 _NESTED = "__"
@@ -313,8 +305,6 @@ class CheckpointSpec(Section):
 class DeadlineSpec(Section):
     """After how many seconds waiting ends with an error that says who and what."""
 
-    connect_s: Number = Field(default=60.0, gt=0)
-    """Worker: until every server answers."""
     join_s: Number = Field(default=120.0, gt=0)
     """Server: from its first worker's Join until the view is full; worker: until it is admitted."""
     round_s: Number = Field(default=600.0, gt=0)
@@ -372,146 +362,6 @@ class JobSpec(Section):
         """Canonical JSON: sorted keys, every value resolved."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
-    @classmethod
-    def from_json(cls, text: str) -> JobSpec:
-        """The inverse of `to_json`.
-
-        Raises:
-            SpecError: the text is not a job spec.
-        """
-        try:
-            return _validated(json.loads(text), "job spec from the server")
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SpecError(refusal("a job spec as JSON", "text", text[:40], str(error))) from None
-
     def to_yaml(self) -> str:
         """All keys with their resolved values, for `job.yaml`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def spec_keys(model: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[tuple[str, str, object]]:
-    """All dotted keys of a section with (key, help, default), in order of declaration."""
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from spec_keys(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field.description or "", field.get_default()
-
-
-def environment_name(key: str) -> str:
-    """`codec.two_sided` -> `DATPS_CODEC__TWO_SIDED`."""
-    return ENVIRONMENT_PREFIX + key.replace(".", _NESTED).upper()
-
-
-def load_job_spec(
-    *,
-    yaml_text: str | None = None,
-    yaml_name: str = "YAML",
-    environment: Mapping[str, str] | None = None,
-    settings: Iterable[str] = (),
-    reserved: frozenset[str] = frozenset(),
-) -> JobSpec:
-    """Builds the job spec; precedence `settings` > `environment` > YAML > default.
-
-    Args:
-        yaml_text: the YAML document, a mapping of sections.
-        yaml_name: what error messages call it.
-        environment: `DATPS_*` variables are read from it, `DATPS_CODEC__BITS=4` for `codec.bits`.
-        settings: `dotted.key=value`; values are parsed as YAML scalars or lists.
-        reserved: `DATPS_*` names that belong to a process's own flags and are passed over.
-
-    Raises:
-        SpecError: an unknown key (with the nearest known one), or a value that breaks its rule.
-    """
-    known = [key for key, _, _ in spec_keys()]
-    merged: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if yaml_text is not None:
-        for key, value in _parse_yaml(yaml_text, yaml_name):
-            if value is None and any(name.startswith(f"{key}.") for name in known):
-                continue  # a section without keys
-            _place(merged, sources, known, key, value, yaml_name)
-    by_variable = {environment_name(key): key for key in known}
-    for name, value in sorted((environment or {}).items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in reserved:
-            continue
-        if name not in by_variable:
-            _refuse_unknown("variable", name, list(by_variable), "environment")
-        _place(merged, sources, known, by_variable[name], _scalar(value, name, "environment"), f"environment {name}")
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise SpecError(refusal("dotted.key=value", "setting", setting, "--set"))
-        _place(merged, sources, known, key.strip(), _scalar(value, key, "--set"), "--set")
-    return _validated(merged, "job spec", sources)
-
-
-def _parse_yaml(text: str, name: str) -> list[tuple[str, Any]]:
-    try:
-        document = yaml.safe_load(text)
-        if document is None:
-            return []
-        if not isinstance(document, Mapping):
-            raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
-        return list(_flatten(document))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: 2024-13-45 is no date
-        raise SpecError(refusal("valid YAML", "document", name, str(error).replace("\n", " "))) from None
-
-
-def _scalar(text: str, name: str, source: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        raise SpecError(refusal("a YAML value", name, text, source)) from None
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _place(
-    merged: dict[str, Any], sources: dict[str, str], known: list[str], key: str, value: object, source: str
-) -> None:
-    if key not in known:
-        _refuse_unknown("key", key, known, source)
-    *sections, name = key.split(".")
-    target = merged
-    for section in sections:
-        target = target.setdefault(section, {})
-    target[name] = value
-    sources[key] = source
-
-
-def _refuse_unknown(kind: str, name: str, known: list[str], source: str) -> None:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise SpecError(refusal(f"a known {kind}{hint}", kind, name, source))
-
-
-def _validated(merged: Mapping[str, Any], context: str, sources: Mapping[str, str] | None = None) -> JobSpec:
-    try:
-        return JobSpec.model_validate(merged)
-    except ValidationError as error:
-        lines = [_describe(details, context, sources or {}) for details in error.errors()]
-        raise SpecError("\n".join(dict.fromkeys(lines))) from None
-
-
-def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str]) -> str:
-    """One refusal per pydantic error, in the project's form."""
-    prefixes = list(itertools.accumulate((str(part) for part in details["loc"]), "{}.{}".format))
-    key = prefixes[-1] if prefixes else "document"
-    source = next((sources[prefix] for prefix in prefixes if prefix in sources), context)
-    if details["type"] == "value_error":
-        return f"{details['ctx']['error']} ({key}, {source})"
-    if details["type"] == "extra_forbidden":
-        known = [name for name, _, _ in spec_keys()]
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        return refusal(f"a known key; did you mean {nearest[0]}?", "key", key, source)
-    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("String should ")
-    rule = re.split(", (?:unable|got)", message)[0]
-    return refusal(rule, key, details["input"], source)

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.config import ENVIRONMENT_PREFIX, JobSpec, load_job_spec
+from common.config import JobSpec
 from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
+from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
 
 _FLAGS = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from common.config import ENVIRONMENT_PREFIX, JobSpec, Split
+from common.config import JobSpec, Split
+from common.spec_sources import ENVIRONMENT_PREFIX
 from deploy.process import Child, last_stderr_lines
 from deploy.runs import JOB, LOGS
 from deploy.supervision import (
@@ -186,9 +186,9 @@ class LocalCluster:
             command = self._commands.worker(index=start.index, server=start.addresses[0])
         else:
             several = start.index == 0 and self._spec.servers > 1
-            port = _free_port() if several else 0
-            addresses = (f"{HOST}:{port}", *start.addresses) if several else ()
-            command = self._commands.server(shard=start.index, port=port, shard_addresses=addresses)
+            # shard 0's own entry is not used: workers reach it as the coordinator
+            addresses = (f"{HOST}:0", *start.addresses) if several else ()
+            command = self._commands.server(shard=start.index, port=0, shard_addresses=addresses)
         child = Child(
             start.process,
             command,
@@ -219,7 +219,9 @@ class LocalCluster:
         self._inbox.put((Said(process=process, address=address, error=error), {**event, "process": process}))
 
     def _on_ended(self, process: str, exit_code: int) -> None:
-        self._inbox.put((Ended(process=process, exit_code=exit_code), _event("ended", process, exit_code=exit_code)))
+        killed_by = signal.Signals(-exit_code).name if exit_code < 0 else None
+        event = _event("ended", process, exit_code=exit_code, killed_by=killed_by)
+        self._inbox.put((Ended(process=process, exit_code=exit_code, killed_by=killed_by), event))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -228,7 +230,7 @@ class LocalCluster:
         def on_signal(number: int, _frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             text = f"{name}: finishing the round and saving; once more ends everything at once"
-            self._inbox.put((Signalled(number=number), _event("stopping", "train", text=text)))
+            self._inbox.put((Signalled(interrupt=number == signal.SIGINT), _event("stopping", "train", text=text)))
 
         before = [signal.signal(number, on_signal) for number in _STOP_SIGNALS]
         try:
@@ -240,11 +242,3 @@ class LocalCluster:
 
 def _event(event: str, process: str, **fields: Any) -> dict[str, Any]:
     return {"event": event, "process": process, "time": round(time.time(), 3), **fields}
-
-
-def _free_port() -> int:
-    """Shard 0 of several must know its own address before it listens."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

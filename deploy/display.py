@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -103,13 +104,16 @@ class TerminalDisplay:
         self._console.print(summary(title, folder, result, robust_name))
 
     def _draw(self) -> None:
+        """A terminal that has gone away must not end the training before its state is saved."""
         if self._live is not None and self._view is not None:
-            self._live.update(render(self._view), refresh=True)
+            with contextlib.suppress(OSError):
+                self._live.update(render(self._view), refresh=True)
 
     def _close(self) -> None:
         if self._live is not None:
             self._draw()
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
 
@@ -126,7 +130,7 @@ class JsonLinesDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.flush()
+        """Every line has been flushed."""
 
     def open(self, view: RunView) -> None:
         """See `Display`."""
@@ -160,8 +164,9 @@ class JsonLinesDisplay:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         line = {"event": event["event"], "process": "train", "time": round(time.time(), 3), **event}
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more: no error of the job
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
 
 
 def render(view: RunView) -> RenderableType:

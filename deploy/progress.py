@@ -1,23 +1,20 @@
 """What `datps train` shows, as a pure function of the events: `view = update(view, event)`.
 
 Events are those of the daemons (see `common.events` and the daemons' modules) and the launcher's own: `started`
-(process, role, pid), `ended` (process, exit_code), `stopping` (text), `tick`.
+(process, role, pid), `ended` (process, exit_code, killed_by), `stopping` (text), `tick`.
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
-from deploy.supervision import Role
+from deploy.supervision import STOPPED, Role
 
 LEAD = "worker-0"
 """Whose times are shown; losses and accuracies are the same on all workers."""
-_STOPPED = (EXIT_TERMINATED, EXIT_INTERRUPTED, -signal.SIGTERM)
 
 
 _SLOW_START_S = 3.0
@@ -202,10 +199,10 @@ def _error(view: RunView, event: Mapping[str, Any]) -> RunView:
 
 def _ended(view: RunView, event: Mapping[str, Any]) -> RunView:
     code = event["exit_code"]
-    state = ProcessState.DONE if code == 0 else ProcessState.STOPPED if code in _STOPPED else ProcessState.FAILED
+    state = ProcessState.DONE if code == 0 else ProcessState.STOPPED if code in STOPPED else ProcessState.FAILED
     process = view.processes.get(event["process"])
     said = process.note if process else ""
-    note = said or ("" if code == 0 else f"exit code {code}" if code > 0 else signal.Signals(-code).name)
+    note = said or ("" if state is not ProcessState.FAILED else event["killed_by"] or f"exit code {code}")
     view = _with(view, event["process"], state=state, note=note)
     running = (p for p in view.processes.values() if p.role is Role.WORKER)
     ended = (ProcessState.DONE, ProcessState.STOPPED, ProcessState.FAILED)

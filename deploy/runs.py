@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.config import JobSpec, load_job_spec
+from common.config import JobSpec
 from common.errors import SpecError, refusal
+from common.spec_sources import load_job_spec
 
 RUNS = Path("runs")
 LATEST = "latest"

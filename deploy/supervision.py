@@ -6,9 +6,10 @@ Rules:
     workers start when shard 0 listens.
  2. A process that has said nothing `startup_s` after its start has failed.
  3. A process that ends otherwise than complete, unasked, fails the cluster. The others have `aftermath_s` to end by
-    themselves, each with its own account of what happened; then they are terminated.
+    themselves, each with its own account of what happened (servers alone `last_words_s`); then they are terminated.
  4. The first signal terminates the workers: they agree on a last round, save and leave. They have `stop_s` for it, the
-    servers go when the workers are gone. A second signal kills everything at once.
+    servers go when the workers are gone. A second signal kills everything at once. If one process was stopped by
+    somebody else, the workers agree on it likewise; who has not ended `aftermath_s` later is terminated, too.
  5. When all workers are complete, servers have `farewell_s` to end by themselves; then they are terminated.
  6. What was terminated and is still there `kill_s` later (a worker that saves: `stop_s`) is killed.
  7. The cause of a failure is the process whose exit code says most: a lost peer (75) is a consequence, and so may be a
@@ -19,14 +20,15 @@ Rules:
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from common.errors import EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_RETRY, EXIT_TERMINATED
 
-_STOPPED = (EXIT_TERMINATED, EXIT_INTERRUPTED, -signal.SIGTERM)
+_KILLED_BY_SIGTERM = -15
+STOPPED = (EXIT_TERMINATED, EXIT_INTERRUPTED, _KILLED_BY_SIGTERM)
+"""Exit codes of a process that did as it was asked, the last one before it could handle signals."""
 
 
 class Role(StrEnum):
@@ -40,6 +42,7 @@ class Patience:
 
     startup_s: float = 120.0
     aftermath_s: float = 5.0
+    last_words_s: float = 1.0
     stop_s: float = 120.0
     farewell_s: float = 15.0
     kill_s: float = 10.0
@@ -56,17 +59,18 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A process is gone; the exit code is negative if a signal killed it."""
+    """A process is gone; the exit code is negative if a signal, `killed_by`, ended it."""
 
     process: str
     exit_code: int
+    killed_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signalled:
-    """The launcher has received a signal."""
+    """The launcher has received a signal: Ctrl-C, or one that means SIGTERM."""
 
-    number: int
+    interrupt: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ class _Process:
     address: str | None = None
     error: str | None = None
     exit_code: int | None = None
+    killed_by: str | None = None
     terminated_s: float | None = None
     killed: bool = False
 
@@ -146,8 +151,8 @@ class Supervisor:
         self._failures: list[_Process] = []
         self._failed_s: float | None = None
         self._complete_s: float | None = None
-        self._signal: int | None = None
-        self._saving = False
+        self._stop_s: float | None = None
+        self._signalled: Signalled | None = None
         self._at_once = False
 
     def begin(self, now_s: float) -> list[Effect]:
@@ -169,7 +174,7 @@ class Supervisor:
             case Ended():
                 self._ended(message, now_s)
             case Signalled():
-                effects += self._signalled(message, now_s)
+                effects += self._stop(message, now_s)
             case Tick():
                 effects += self._overdue(now_s)
         effects += self._proceed(now_s)
@@ -192,30 +197,31 @@ class Supervisor:
 
     def _ended(self, ended: Ended, now_s: float) -> None:
         process = self._processes[ended.process]
-        process.exit_code = ended.exit_code
+        process.exit_code, process.killed_by = ended.exit_code, ended.killed_by
         if process.killed or ended.exit_code == EXIT_COMPLETE:
             return
-        unasked = process.terminated_s is None and self._signal is None
-        broken_stop = self._saving and ended.exit_code not in _STOPPED
-        if unasked or broken_stop:
+        asked, stopped = process.terminated_s is not None, ended.exit_code in STOPPED
+        if stopped and not asked and not self._ending:
+            self._stop_s = now_s  # somebody else has asked one of them; the workers agree on it
+        elif not (asked if self._stop_s is None else stopped):
             self._fail(process, now_s)
 
-    def _signalled(self, signalled: Signalled, now_s: float) -> Iterator[Effect]:
-        if self._signal is not None:
+    def _stop(self, signalled: Signalled, now_s: float) -> Iterator[Effect]:
+        if self._signalled is not None:
             self._at_once = True
             yield from self._kill(self._live())
             return
-        self._signal = signalled.number
-        self._saving = self._failed_s is None
-        workers = self._live(Role.WORKER)
-        yield from self._terminate(workers or self._live(), now_s)
+        self._signalled = signalled
+        if self._stop_s is None and self._failed_s is None:
+            self._stop_s = now_s
+        yield from self._terminate(self._live(Role.WORKER) or self._live(), now_s)
 
     def _overdue(self, now_s: float) -> Iterator[Effect]:
         for process in self._live():
             if process.killed:
                 continue
             if process.terminated_s is not None:
-                saves = self._saving and process.role is Role.WORKER
+                saves = self._stop_s is not None and process.role is Role.WORKER
                 grace_s = self._patience.stop_s if saves else self._patience.kill_s
                 if now_s - process.terminated_s >= grace_s:
                     yield from self._kill([process])
@@ -230,11 +236,14 @@ class Supervisor:
         if not live and (self._ending or len(self._processes) == self._servers + self._workers):
             yield Done(outcome=self._outcome())
         elif self._failed_s is not None:
-            if now_s - self._failed_s >= self._patience.aftermath_s:
+            patience_s = self._patience.aftermath_s if workers else self._patience.last_words_s
+            if now_s - self._failed_s >= patience_s:
                 yield from self._terminate(live, now_s)
-        elif self._signal is not None:
+        elif self._stop_s is not None:
             if not workers:
                 yield from self._terminate(live, now_s)
+            elif now_s - self._stop_s >= self._patience.aftermath_s:
+                yield from self._terminate(workers, now_s)
         elif live and not workers and "worker-0" in self._processes:
             if self._complete_s is None:
                 self._complete_s = now_s
@@ -243,14 +252,14 @@ class Supervisor:
 
     def _outcome(self) -> Outcome:
         worker = self._processes.get("worker-0")
-        code = EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_TERMINATED
+        code = EXIT_INTERRUPTED if self._signalled and self._signalled.interrupt else EXIT_TERMINATED
         if self._at_once:
             return Outcome(exit_code=code, text="ended at once by a second signal")
-        if self._failures and not (self._signal is not None and worker and worker.exit_code in _STOPPED):
+        if self._failures and not (self._stop_s is not None and worker and worker.exit_code in STOPPED):
             return self._failure()
-        if self._signal is None or (worker and worker.exit_code == EXIT_COMPLETE):
+        if self._stop_s is None or (worker and worker.exit_code == EXIT_COMPLETE):
             return Outcome(exit_code=EXIT_COMPLETE, text="complete")
-        if worker and worker.exit_code not in _STOPPED:
+        if worker and worker.exit_code not in STOPPED:
             text = f"worker-0 did not stop within {self._patience.stop_s:g} s: the last rounds are not saved"
             return Outcome(exit_code=EXIT_RETRY, text=text, process=worker.name)
         return Outcome(exit_code=code, text="stopped")
@@ -266,12 +275,12 @@ class Supervisor:
                 process=cause.name,
                 reason=cause.error,
             )
-        how = "failed" if cause.killed else f"was killed by {signal.Signals(-code).name}"
+        how = "failed" if cause.killed else f"was killed by {cause.killed_by}"
         return Outcome(exit_code=EXIT_RETRY, text=f"{cause.name} {how}", process=cause.name, reason=cause.error)
 
     @property
     def _ending(self) -> bool:
-        return self._failed_s is not None or self._signal is not None
+        return self._failed_s is not None or self._stop_s is not None
 
     def _fail(self, process: _Process, now_s: float) -> None:
         self._failures.append(process)
@@ -301,4 +310,4 @@ class Supervisor:
 
 def _consequence(exit_code: int) -> int:
     """How much a failure looks like the consequence of another one."""
-    return {EXIT_RETRY: 2, EXIT_MISMATCH: 1}.get(exit_code, 0)
+    return {EXIT_MISMATCH: 1, EXIT_RETRY: 2, **dict.fromkeys(STOPPED, 3)}.get(exit_code, 0)

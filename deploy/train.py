@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import AttackName, AttackSpec, CodecName, JobSpec, load_job_spec, spec_keys
+from common.config import AttackName, AttackSpec, CodecName, JobSpec
 from common.errors import EXIT_RETRY, SpecError, refusal
+from common.spec_sources import load_job_spec, spec_keys
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display

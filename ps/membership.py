@@ -216,7 +216,7 @@ class Membership:
         if not WORKER_ID.fullmatch(event.worker_id):
             rule = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
             return WhyNot.WORKER_ID, refusal(rule, "worker_id", repr(event.worker_id[:80]))
-        if event.worker_id in self._members:
+        if event.worker_id in self._members and event.worker_id not in self._endings:
             return WhyNot.WORKER_ID, refusal("a worker_id that is not live", "worker_id", event.worker_id)
         if self.formed or len(self._members) >= config.workers:
             rule = f"at most workers={config.workers} in the view ({', '.join(self.worker_ids)})"
@@ -224,7 +224,9 @@ class Membership:
         return None
 
     def _ready(self, event: Ready) -> list[Effect]:
-        worker_id = next(name for name, member in self._members.items() if member.connection == event.connection)
+        worker_id = self._worker_at(event.connection)
+        if worker_id is None or self.formed:
+            return []
         why_not = self._readiness_refusal(event, worker_id)
         if why_not:
             del self._members[worker_id]
@@ -276,7 +278,7 @@ class Membership:
         return [Finish(ending=Ending.STOPPED if stopped else Ending.COMPLETED)]
 
     def _lost(self, event: ConnectionLost) -> list[Effect]:
-        worker_id = next((n for n, m in self._members.items() if m.connection == event.connection), None)
+        worker_id = self._worker_at(event.connection)
         if worker_id is None or worker_id in self._endings:
             return []
         if not self.formed:
@@ -295,6 +297,9 @@ class Membership:
         if now_s - self._reported_s < self.config.report_s:
             return []
         return [self._report(now_s)]
+
+    def _worker_at(self, connection: int) -> str | None:
+        return next((name for name, member in self._members.items() if member.connection == connection), None)
 
     def _ready_count(self) -> int:
         return sum(member.ready is not None for member in self._members.values())

@@ -268,14 +268,15 @@ class Rounds:
             return [why_not]
         worker = event.worker_index
         if event.round == self.round:
-            missing = tuple(n for n, bucket in self._buckets.items() if worker not in bucket.received)
             published = [n for n, bucket in self._buckets.items() if bucket.published]
         elif event.round == self.round - 1 and self._has_closed:
-            missing, published = (), list(self._known)
+            published = list(self._known)
         else:
             rule = f"round={self.round}, which is open"
             text = refusal(rule, "round", event.round, f"Hello of {self._name(worker)}")
             return [Refuse(worker_index=worker, why=Why.ROUND, text=text, round=event.round)]
+        # Also to a worker one round behind: averages of other shards may let it go on before the Welcome arrives.
+        missing = tuple(n for n, bucket in self._buckets.items() if worker not in bucket.received)
         again = [SendAverage(worker_index=worker, round=event.round, bucket=n) for n in sorted(published)]
         return [Welcome(worker_index=worker, round=self.round, missing=missing), *again]
 

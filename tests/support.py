@@ -14,9 +14,10 @@ from typing import Any
 
 import grpc
 
-from common.config import JobSpec, load_job_spec
+from common.config import JobSpec
 from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
+from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
 from ps.server import Server, ServerOptions

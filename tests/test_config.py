@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common.config import (
-    MAXIMAL_BLOCK,
-    AttackSpec,
-    BatchNormMode,
-    JobSpec,
-    environment_name,
-    load_job_spec,
-    spec_keys,
-)
+from common.config import MAXIMAL_BLOCK, AttackSpec, BatchNormMode, JobSpec
 from common.errors import EXIT_USAGE, SpecError, refusal
+from common.spec_sources import environment_name, job_spec_from_json, load_job_spec, spec_keys
 
 CHANGED: dict[str, object] = {
     "job_id": "night-run.2",
@@ -72,7 +65,6 @@ CHANGED: dict[str, object] = {
     "evaluation.batch": 100,
     "checkpoint.every_epochs": 1,
     "checkpoint.keep": 5,
-    "deadlines.connect_s": 1.5,
     "deadlines.join_s": 2.5,
     "deadlines.round_s": 3.5,
     "deadlines.hello_s": 4.5,
@@ -223,9 +215,9 @@ def test_section_that_is_given_a_value_is_refused() -> None:
 
 def test_unknown_key_in_json_is_refused_with_the_nearest_key() -> None:
     with pytest.raises(SpecError) as caught:
-        JobSpec.from_json('{"optimizer": {"learningrate": 1}}')
+        job_spec_from_json('{"optimizer": {"learningrate": 1}}')
     rule = "a known key; did you mean optimizer.learning_rate?"
-    assert str(caught.value) == refusal(rule, "key", "optimizer.learningrate", "job spec from the server")
+    assert str(caught.value) == refusal(rule, "key", "optimizer.learningrate", "job spec as JSON")
 
 
 # Values
@@ -335,7 +327,7 @@ def test_documents_that_are_no_job_spec_are_refused(text: str) -> None:
 )
 def test_json_that_is_no_job_spec_is_refused(text: str) -> None:
     with pytest.raises(SpecError) as caught:
-        JobSpec.from_json(text)
+        job_spec_from_json(text)
     assert FORM.fullmatch(str(caught.value)), str(caught.value)
 
 
@@ -377,7 +369,7 @@ def job_specs(draw: st.DrawFn) -> JobSpec:
 @given(job_specs())
 @settings(max_examples=40, deadline=None)
 def test_yaml_and_json_give_the_equal_spec_and_digest_back(spec: JobSpec) -> None:
-    for again in (load_job_spec(yaml_text=spec.to_yaml()), JobSpec.from_json(spec.to_json())):
+    for again in (load_job_spec(yaml_text=spec.to_yaml()), job_spec_from_json(spec.to_json())):
         assert again == spec
         assert again.digest() == spec.digest()
 
@@ -385,7 +377,7 @@ def test_yaml_and_json_give_the_equal_spec_and_digest_back(spec: JobSpec) -> Non
 def test_json_is_canonical_and_holds_every_key() -> None:
     text = JobSpec().to_json()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
-    assert JobSpec.from_json('{"seed": 0}').to_json() == text
+    assert job_spec_from_json('{"seed": 0}').to_json() == text
     assert all(math.isfinite(value) for value in [default_of(key) for key in FLOATS] if isinstance(value, float))
 
 

@@ -27,6 +27,7 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 
 PURE_PATTERNS = (
     "common/config.py",
+    "common/spec_sources.py",
     "common/layout.py",
     "common/errors.py",
     "common/codecs/*.py",

@@ -288,6 +288,11 @@ def test_digest_differs_with_the_tensors(tensors: tuple[TensorSpec, ...]) -> Non
     assert digest(*tensors) != digest()
 
 
+def test_digest_tells_parameters_from_buffers_of_the_same_shape() -> None:
+    one, other = (parameter(8, name="a"), buffer(8, name="b")), (buffer(8, name="a"), parameter(8, name="b"))
+    assert digest(*one, spec=JobSpec()) != digest(*other, spec=JobSpec())
+
+
 @pytest.mark.parametrize(
     "other",
     [

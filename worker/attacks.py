@@ -127,12 +127,12 @@ def _only_inputs_differentiable(model: nn.Module, mode: BatchNormMode) -> Iterat
             parameter.requires_grad_(False)
         model.train(mode is BatchNormMode.TRAIN)
         if mode is BatchNormMode.TRAIN:
-            for module in tracking:
-                module.track_running_stats = False
+            for batch_norm in tracking:
+                batch_norm.track_running_stats = False
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for batch_norm in tracking:
+            batch_norm.track_running_stats = True
         for module, training in modules:
             module.training = training
         for parameter in frozen:

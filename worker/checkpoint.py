@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common.config import JobSpec
 from common.errors import CheckpointError, SpecError, refusal
+from common.spec_sources import job_spec_from_json
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
@@ -109,7 +110,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(refusal(f"tensors_xxh3_128={expected}", "tensors_xxh3_128", got, f"damaged: {path}"))
         return Checkpoint(
             path=path,
-            spec=JobSpec.from_json(json.dumps(description["spec"])),
+            spec=job_spec_from_json(json.dumps(description["spec"])),
             tensors=load_file(path / TENSORS),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),

@@ -16,10 +16,11 @@ from typing import Any
 import grpc
 import torch
 
-from common.config import JobSpec, load_job_spec
+from common.config import JobSpec
 from common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from common.layout import plan_layout
+from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from worker.data import BatchPlan, Dataset

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from common.config import Split
 from common.errors import DataError, refusal
-from worker.randomness import Purpose, generator
+from worker.randomness import Purpose, stream_generator
 
 CROP_PADDING = 4
 
@@ -96,18 +96,18 @@ class BatchPlan:
         samples = self.samples_by_worker[0] if self.split is Split.SHARED else sum(self.samples_by_worker)
         return max(1, samples // (self.workers * self.batch_per_worker))
 
-    def indices(self, round: int, worker_index: int) -> Tensor:
+    def indices(self, round_: int, worker_index: int) -> Tensor:
         """int64 [B]: the samples that one worker draws in one round, counted from 0."""
         if self.split is Split.OWN:
-            return self._own_indices(round, worker_index)
-        epoch, round_in_epoch = divmod(round, self.rounds_per_epoch)
+            return self._own_indices(round_, worker_index)
+        epoch, round_in_epoch = divmod(round_, self.rounds_per_epoch)
         order = _permutation(self.samples_by_worker[0], self.seed, epoch)
         start = (round_in_epoch * self.workers + worker_index) * self.batch_per_worker
         return order[start : start + self.batch_per_worker].clone()
 
-    def _own_indices(self, round: int, worker_index: int) -> Tensor:
+    def _own_indices(self, round_: int, worker_index: int) -> Tensor:
         samples = self.samples_by_worker[worker_index]
-        start, stop = round * self.batch_per_worker, (round + 1) * self.batch_per_worker
+        start, stop = round_ * self.batch_per_worker, (round_ + 1) * self.batch_per_worker
         runs = []
         for cycle in range(start // samples, (stop - 1) // samples + 1):
             order = _permutation(samples, self.seed, cycle, worker_index)
@@ -118,7 +118,7 @@ class BatchPlan:
 @lru_cache(maxsize=4)
 def _permutation(samples: int, seed: int, *counters: int) -> Tensor:
     """The permutation of one stream; the cache spares a round the shuffling of the whole epoch."""
-    return torch.randperm(samples, generator=generator(seed, Purpose.PERMUTATION, *counters))
+    return torch.randperm(samples, generator=stream_generator(seed, Purpose.PERMUTATION, *counters))
 
 
 def augment(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:

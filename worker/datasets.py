@@ -172,7 +172,7 @@ class ImageFiles:
     """Images that stay in their files and are decoded batch by batch, by several threads."""
 
     def __init__(self, files: Sequence[Path], labels: Tensor, *, size: int, crop: bool) -> None:
-        """With `crop` the shorter side is resized to `size` and the centre cut out; otherwise all must be size x size."""
+        """With `crop` images are resized and cut to the centre square of `size`; otherwise all must be of that size."""
         self._files = files
         self._labels = labels
         self._size = size

@@ -13,7 +13,7 @@ from common.config import AttackSpec
 from worker.attacks import Attack, make_attack
 from worker.data import Samples
 from worker.objectives import correct
-from worker.randomness import Purpose, generator
+from worker.randomness import Purpose, stream_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ def evaluate(
 def _starts(attack: Attack, images_NCHW: Tensor, indices: Tensor, seed: int) -> Tensor:
     """Each sample's start from its own stream, drawn on the CPU: the same on every device and in every batch."""
     starts = [
-        attack.start(image, generator(seed, Purpose.EVALUATION, index))
-        for image, index in zip(images_NCHW.split(1), indices.tolist(), strict=True)
+        attack.start(image, stream_generator(seed, Purpose.EVALUATION, index))
+        for image, index in zip(torch.split(images_NCHW, 1), indices.tolist(), strict=True)
     ]
     return torch.cat(starts)
 

@@ -31,13 +31,15 @@ def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, purpose: Purpose, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
+def stream_generator(
+    seed: int, purpose: Purpose, *counters: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A new generator at the start of the stream (seed, purpose, counters), on `device`."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, purpose, *counters))
 
 
 def round_generator(
-    seed: int, round: int, worker_index: int, purpose: Purpose, device: torch.device | str = "cpu"
+    seed: int, round_: int, worker_index: int, purpose: Purpose, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """A new generator for what one worker draws in one round; a different device draws different numbers."""
-    return generator(seed, purpose, round, worker_index, device=device)
+    return stream_generator(seed, purpose, round_, worker_index, device=device)

@@ -1,7 +1,8 @@
-"""Real processes, started as a user starts them: a run is reproducible, resumable, and never hangs or leaves orphans."""
+"""Real processes, started as a user starts them: runs are reproducible and resumable, and leave no orphans."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -48,10 +49,8 @@ def datps(*arguments: str, settings: tuple[str, ...] = ()) -> Iterator[subproces
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def descendants(pid: int) -> list[int]:

@@ -76,7 +76,7 @@ def unreadable(root: Path) -> Path:
     [
         (lambda root: root / "nowhere", "nowhere"),
         (lambda root: unreadable(image_folder(root)), "0003.png"),
-        (lambda root: None, "data folder"),
+        (lambda _: None, "data folder"),
     ],
     ids=["missing folder", "unreadable image", "no folder given"],
 )
@@ -189,7 +189,7 @@ def test_a_resume_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> Non
     assert (code, "none found" in error_of(events)) == (2, True)
 
 
-def test_a_worker_with_a_name_that_is_live_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_worker_with_a_name_that_is_live_is_refused_and_the_first_goes_on() -> None:
     spec = job("workers=2", "schedule.epochs=1", "data.batch_per_worker=128", *FAST)
     with running_server(spec) as server, ThreadPoolExecutor(3) as pool:
         first: Future[Any] = pool.submit(work, server.address, "worker-0")

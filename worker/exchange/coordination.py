@@ -14,6 +14,7 @@ from common.config import JobSpec
 from common.errors import MismatchError, PeerLostError, refusal
 from common.events import Emitter
 from common.layout import Layout, TensorSpec
+from common.spec_sources import job_spec_from_json
 from common.wire import rpc
 from common.wire.v1 import ps_pb2 as wire
 
@@ -86,7 +87,7 @@ class Coordination:
         self._outgoing.put(wire.JoinRequest(introduction=introduction))
         offer = self._await("offer").offer
         self._incarnation = offer.incarnation
-        return JobSpec.from_json(offer.job_spec)
+        return job_spec_from_json(offer.job_spec)
 
     def get_ready(self, replica: ReadyReplica) -> Admission:
         """Says that the replica is built; returns once the view has formed.

@@ -100,4 +100,5 @@ def _network(name: ModelName, *, in_channels: int, image_size: int, classes: int
             # torchvision takes seconds to import and only this family needs it
             from torchvision.models import resnet50
 
-            return resnet50(weights=None, num_classes=classes)
+            network: nn.Module = resnet50(weights=None, num_classes=classes)
+            return network

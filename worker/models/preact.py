@@ -27,7 +27,8 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return residual + shortcut
 
 
 def _preact(*, stem: int, stages: Sequence[int], blocks: int, in_channels: int, classes: int) -> nn.Sequential:

@@ -56,7 +56,7 @@ class Optimizer(ABC):
         self._lengths = [layer.length for layer in layers]
         self._decayed = [index for index, rule in enumerate(self.rules) if rule.decayed]
         self._scratch = torch.zeros(sum(self._lengths), dtype=torch.float32, device=device)
-        self._scratch_layers = self._scratch.split(self._lengths)
+        self._scratch_layers = torch.split(self._scratch, self._lengths)
         self._moments = {name: torch.zeros_like(self._scratch) for name in self.moment_names(spec)}
 
     @staticmethod
@@ -102,7 +102,7 @@ class Optimizer(ABC):
     def _add_decay(self, theta: Tensor) -> None:
         """Adds weight_decay * theta onto the scratch vector, in the layers that are decayed."""
         if self._decayed:
-            theta_layers = theta.split(self._lengths)
+            theta_layers = torch.split(theta, self._lengths)
             torch._foreach_add_(
                 [self._scratch_layers[index] for index in self._decayed],
                 [theta_layers[index] for index in self._decayed],

@@ -63,7 +63,7 @@ class FlatParameters:
         )
         self.theta = torch.cat([parameter.detach().reshape(-1) for _, parameter in named])
         self.gradient = torch.zeros_like(self.theta)
-        views = zip(named, self.theta.split(lengths), self.gradient.split(lengths), strict=True)
+        views = zip(named, torch.split(self.theta, lengths), torch.split(self.gradient, lengths), strict=True)
         for (_, parameter), theta_view, gradient_view in views:
             parameter.data = theta_view.view(parameter.shape)
             parameter.grad = gradient_view.view(parameter.shape)

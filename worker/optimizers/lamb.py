@@ -32,7 +32,7 @@ class Lamb(Optimizer):
         pieces = [_pieces(length) for length in self._lengths]
         self._piece_lengths = [length for layer in pieces for length in layer]
         self._pieces_per_layer = [len(layer) for layer in pieces]
-        self._scratch_pieces = self._scratch.split(self._piece_lengths)
+        self._scratch_pieces = torch.split(self._scratch, self._piece_lengths)
 
     @staticmethod
     def moment_names(spec: OptimizerSpec) -> tuple[str, ...]:  # noqa: ARG004 (LAMB always has both)
@@ -58,16 +58,16 @@ class Lamb(Optimizer):
 
     def _trust_ratios(self, theta: Tensor) -> Tensor:
         """tau(||theta_i||) / ||u_i|| per layer, float32 [h]; tau clamps to [c_l, c_u]."""
-        theta_norms = self._layer_norms(theta.split(self._piece_lengths))
+        theta_norms = self._layer_norms(torch.split(theta, self._piece_lengths))
         update_norms = self._layer_norms(self._scratch_pieces)
         tau = theta_norms.clamp(self.spec.trust_low, self.spec.trust_high)
         adapted = self._adapted & (theta_norms > 0) & (update_norms > 0)
         return torch.where(adapted, tau / update_norms, 1.0)
 
-    def _layer_norms(self, pieces: Sequence[Tensor]) -> Tensor:
+    def _layer_norms(self, pieces: tuple[Tensor, ...]) -> Tensor:
         """The l2 norm of every layer, as the norm of its pieces' norms."""
         of_pieces = torch.stack(torch._foreach_norm(pieces))
-        return torch.stack(torch._foreach_norm(of_pieces.split(self._pieces_per_layer)))
+        return torch.stack(torch._foreach_norm(torch.split(of_pieces, self._pieces_per_layer)))
 
 
 def _pieces(length: int) -> list[int]:

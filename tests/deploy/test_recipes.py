@@ -1,0 +1,72 @@
+"""Recipes: each is a valid job, and the numbers that the paper or the README name are in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import JobSpec
+from common.errors import SpecError
+from common.spec_sources import load_job_spec
+from deploy import recipes
+
+NAMES = ["digits-dat-pgd", "cifar10-dat-fgsm", "cifar10-dat-pgd", "digits-dat-fgsm", "imagenet-dat-pgd"]
+
+
+def job(name: str, *settings: str) -> JobSpec:
+    return load_job_spec(yaml_text=recipes.recipe(name).text, yaml_name=name, settings=settings)
+
+
+def test_the_default_recipe_comes_first() -> None:
+    assert [each.name for each in recipes.all_recipes()] == NAMES
+    assert NAMES[0] == recipes.DEFAULT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_a_valid_job_with_a_description(name: str) -> None:
+    recipe = recipes.recipe(name)
+
+    assert job(name).codec.two_sided
+    assert recipe.text.startswith(f"# {recipe.description}\n")
+    assert len(recipe.description) > 20
+
+
+def test_settings_win_over_a_recipe() -> None:
+    assert job("digits-dat-pgd", "codec.bits=4", "seed=2").codec.bits == 4
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(
+        SpecError, match=r"^expected a known recipe; did you mean cifar10-dat-pgd\?, got recipe=cifar-pgd"
+    ):
+        recipes.recipe("cifar-pgd")
+
+
+def test_the_default_recipe_is_the_main_job() -> None:
+    spec = job("digits-dat-pgd")
+
+    assert (spec.seed, spec.workers, spec.servers, spec.data.batch_per_worker) == (0, 4, 1, 64)
+    assert (spec.attack.name, spec.attack.epsilon, spec.attack.steps, spec.attack.step_size) == ("pgd", 0.2, 7, 0.05)
+    assert (spec.optimizer.name, spec.optimizer.learning_rate) == ("lamb", 0.03)
+    assert (spec.schedule.epochs, spec.schedule.warmup, spec.schedule.decay_at) == (30, 0.1, (2 / 3, 0.9))
+    assert (spec.codec.name, spec.codec.bits, spec.codec.block, spec.codec.scale) == ("randomized", 8, 512, "linf")
+    assert spec.evaluation_attack.steps == 20
+    assert spec.evaluation_attack.resolved_step_size == 0.2 / 8
+
+
+def test_the_imagenet_recipe_is_the_papers() -> None:
+    spec = job("imagenet-dat-pgd")
+
+    assert (spec.workers, spec.data.batch_per_worker, spec.data.image_size) == (6, 512, 224)
+    assert (spec.attack.epsilon, spec.attack.steps, spec.evaluation_attack.steps) == (2 / 255, 4, 10)
+    assert (spec.schedule.epochs, spec.schedule.warmup) == (30, 5 / 30)
+    assert spec.schedule.decay_at == (20 / 30, 25 / 30, 28 / 30)
+    assert spec.optimizer.weight_decay == 1e-4
+
+
+def test_the_cifar_recipes_are_the_papers() -> None:
+    pgd, fgsm = job("cifar10-dat-pgd"), job("cifar10-dat-fgsm")
+
+    assert (pgd.attack.epsilon, pgd.attack.steps, pgd.attack.step_size) == (8 / 255, 10, 2 / 255)
+    assert fgsm.attack.resolved_step_size == 10 / 255
+    assert pgd.schedule == fgsm.schedule
+    assert (pgd.schedule.epochs, pgd.model.name, pgd.evaluation_attack.steps) == (100, "preact_resnet18", 20)
