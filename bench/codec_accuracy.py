@@ -56,6 +56,7 @@ def main(
 ) -> None:
     """Trains `recipe` for every codec and seed and prints the comparison."""
     folder = keep or Path(tempfile.mkdtemp(prefix="datps-bench-"))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         rows = [
             _row(name, settings, recipe, [int(seed) for seed in seeds.split(",")], set_ or [], folder)

@@ -14,7 +14,8 @@ Rules (docs/protocol.md explains them):
  6. A bucket is published once its last contribution has been added; where the average's scales span the shard, all of
     the shard's compressed buckets are published together, after the last of them.
  7. The averages of the open round and of the last closed one are kept: a worker can be at most one round behind.
- 8. A worker that ends without a Goodbye, or with a failure, fails the job. When all have said Goodbye, it is finished.
+ 8. A worker that ends without a Goodbye, or with a failure, fails the job; so does one that says Goodbye while a round
+    that has begun still needs it. When all have said Goodbye, the job is finished.
  9. A round that stays open longer than the deadline fails the job and names the workers that it waits for.
 
 `handle(event, now_s) -> effects`. Events and effects carry ids, never tensors; the shell checks content (codec, length,
@@ -294,6 +295,9 @@ class Rounds:
         if mismatch:
             return [mismatch]
         bucket.received.add(worker)
+        deserted = self._deserted() if self._endings else []
+        if deserted:
+            return deserted
         if worker != bucket.added:
             return [Hold(worker_index=worker, bucket=number)]
         effects: list[Effect] = []
@@ -357,9 +361,18 @@ class Rounds:
             text = f"{self._name(event.worker_index)} failed: {event.text}"
             return [self._fail(text, (event.worker_index,), retry=True)]
         if len(self._endings) < self._workers:
-            return []
+            return self._deserted()
         stopped = Ending.STOPPED in self._endings.values()
         return [Finish(ending=Ending.STOPPED if stopped else Ending.COMPLETED)]
+
+    def _deserted(self) -> list[Effect]:
+        """Fails the job if the open round has begun and needs a worker that has said Goodbye."""
+        begun = any(bucket.received for bucket in self._buckets.values())
+        gone = tuple(worker for worker in self.waiting_for if worker in self._endings)
+        if not begun or not gone:
+            return []
+        names = ", ".join(self._name(worker) for worker in gone)
+        return [self._fail(f"{names} left before round {self.round} closed", gone, retry=True)]
 
     def _lost(self, event: StreamLost) -> list[Effect]:
         worker = event.worker_index

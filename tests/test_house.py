@@ -43,6 +43,8 @@ PURE_PATTERNS = (
     "worker/randomness.py",
     "worker/data.py",
     "worker/optimizers/*.py",
+    "deploy/supervision.py",
+    "deploy/progress.py",
 )
 """Modules without I/O, clock, global random state, threads, environment or logging; all they import of ours is pure."""
 

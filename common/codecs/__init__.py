@@ -21,7 +21,6 @@ __all__ = [
     "Float32",
     "RandomKey",
     "make_codec",
-    "wire_bits_per_element",
 ]
 
 
@@ -49,18 +48,6 @@ def make_codec(spec: CodecSpec, *, start: int, stop: int, layer_edges: Sequence[
     wire_name = f"{spec.name}/{spec.bits}/{spec.block}/{spec.scale}"
     blocks = _blocks(spec.block, start, stop, layer_edges)
     return RandomizedCodec(blocks=blocks, bits=spec.bits, norm=spec.scale, wire_name=wire_name)
-
-
-def wire_bits_per_element(spec: CodecSpec) -> int:
-    """Payload bits of one element, without the scales: what a bucket's length in elements follows from."""
-    widths = {
-        CodecName.NONE: 32,
-        CodecName.FP16: 16,
-        CodecName.BF16: 16,
-        CodecName.RANDOMIZED: spec.bits,
-        CodecName.PAPER: spec.bits + 1,
-    }
-    return widths[spec.name]
 
 
 def _blocks(block: int | BlockName, start: int, stop: int, layer_edges: Sequence[int]) -> Blocks:

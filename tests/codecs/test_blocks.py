@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import common.codecs.blocks
-from common.codecs import make_codec, wire_bits_per_element
+from common.codecs import make_codec
 from common.codecs.blocks import EdgedBlocks, FixedBlocks, Piece
 from common.codecs.scales import block_scales, level_factors, sums_of_squares
 from common.config import CodecSpec, ScaleNorm
@@ -128,17 +128,17 @@ def test_the_scale_itself_reaches_the_highest_level(scale: float, levels: int) -
 
 def test_wire_names_and_alignments() -> None:
     cases = {
-        CodecSpec(name="none"): ("none", 1, False, 32),
-        CodecSpec(name="fp16"): ("fp16", 1, False, 16),
-        CodecSpec(name="bf16"): ("bf16", 1, False, 16),
-        CodecSpec(): ("randomized/8/512/linf", 512, False, 8),
-        CodecSpec(bits=3, block="layer"): ("randomized/3/layer/linf", 8, True, 3),
-        CodecSpec(bits=4, block="all", scale="l2"): ("randomized/4/all/l2", 8, True, 4),
-        CodecSpec(name="paper", bits=8): ("paper/8", 8, True, 9),
+        CodecSpec(name="none"): ("none", 1, False),
+        CodecSpec(name="fp16"): ("fp16", 1, False),
+        CodecSpec(name="bf16"): ("bf16", 1, False),
+        CodecSpec(): ("randomized/8/512/linf", 512, False),
+        CodecSpec(bits=3, block="layer"): ("randomized/3/layer/linf", 8, True),
+        CodecSpec(bits=4, block="all", scale="l2"): ("randomized/4/all/l2", 8, True),
+        CodecSpec(name="paper", bits=8): ("paper/8", 8, True),
     }
     for spec, expected in cases.items():
         codec = make_codec(spec, start=0, stop=4096, layer_edges=(0, 4096))
-        found = (codec.wire_name, codec.alignment, codec.needs_whole_vector, wire_bits_per_element(spec))
+        found = (codec.wire_name, codec.alignment, codec.needs_whole_vector)
         assert found == expected
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import SERVER, Codec, RandomKey, wire_bits_per_element
+from common.codecs import SERVER, Codec, RandomKey
 from common.config import CodecSpec
 from common.errors import CodecError
 from tests.codecs.table import KEY, SPECS, build, decode, encode, gaussian, name_of, round_trip
@@ -44,12 +44,6 @@ def test_wire_bytes_are_the_bytes_sent(spec: CodecSpec) -> None:
         codec = build(spec, d)
         (encoded,) = encode(codec, gaussian(d))
         assert codec.wire_bytes(0, d) == encoded.scales.nbytes + len(encoded.payload)
-
-
-@every_codec
-def test_payload_bits_per_element_are_announced(spec: CodecSpec) -> None:
-    (encoded,) = encode(build(spec, 1024), gaussian(1024))
-    assert len(encoded.payload) * 8 == 1024 * wire_bits_per_element(spec)
 
 
 @every_codec

@@ -363,6 +363,22 @@ def test_worker_that_ends_with_a_failure_fails_the_job_with_its_text() -> None:
     assert failed == Fail(text="bob failed: disk full", worker_indices=(1,), retry=True)
 
 
+def test_worker_that_says_goodbye_while_a_round_needs_it_fails_the_job() -> None:
+    """Rule 8."""
+    rounds = machine()
+    run(rounds, contribution(0, 4))
+    failed = failure(run(rounds, goodbye(1)))
+    assert failed == Fail(text="bob left before round 0 closed", worker_indices=(1,), retry=True)
+
+
+def test_contribution_to_a_round_that_a_worker_has_left_fails_the_job() -> None:
+    """Rule 8."""
+    rounds = machine()
+    assert run(rounds, goodbye(1)) == []
+    failed = failure(run(rounds, contribution(0, 4)))
+    assert failed.text == "bob left before round 0 closed"
+
+
 def test_stream_that_ends_after_goodbye_is_no_loss() -> None:
     """Rule 8."""
     assert run(machine(), goodbye(0), StreamLost(worker_index=0)) == []
