@@ -16,10 +16,19 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
+MAXIMAL_TEXT = 2000
+"""Characters of a text that comes from a peer or a user and is passed on."""
+
+
+def clipped(text: str, length: int = MAXIMAL_TEXT) -> str:
+    """The text, or its beginning if it is too long to be passed on."""
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
 def refusal(rule: str, name: str, value: object, context: str = "") -> str:
-    """The one form of every refusal: `expected <rule>, got <name=value> (<context>)`."""
-    tail = f" ({context})" if context else ""
-    return f"expected {rule}, got {name}={value}{tail}"
+    """The one form of every refusal: `expected <rule>, got <name=value> (<context>)`; long values are clipped."""
+    tail = f" ({clipped(context)})" if context else ""
+    return f"expected {clipped(rule)}, got {name}={clipped(str(value), 500)}{tail}"
 
 
 class DatpsError(Exception):
@@ -48,6 +57,12 @@ class CheckpointError(DatpsError):
 
 class PeerLostError(DatpsError):
     """A server or another worker is gone or did not answer in time; a new try can succeed."""
+
+    exit_code = EXIT_RETRY
+
+
+class StorageError(DatpsError):
+    """The disk is full or a file cannot be written; once that is mended, a new try can go on."""
 
     exit_code = EXIT_RETRY
 

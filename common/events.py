@@ -6,6 +6,7 @@ terminal they appear as sentences. Every event has `event`, `process` and `time`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -41,17 +42,14 @@ class Emitter:
         self._lock = threading.Lock()
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """Writes one event; a closed or broken stream is not an error of the job."""
+        """Writes one event; a closed, broken or full stream is not an error of the job."""
         if self._as_json:
             line = json.dumps({"event": event, "process": self.process, "time": round(time.time(), 3), **fields})
         else:
             line = f"{time.strftime('%H:%M:%S')} {self.process}: {_sentence(event, fields)}"
-        with self._lock:
-            try:
-                self._stream.write(line + "\n")
-                self._stream.flush()
-            except (BrokenPipeError, ValueError):
-                pass
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
 
 def _sentence(event: str, fields: dict[str, Any]) -> str:

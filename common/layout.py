@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -125,16 +126,18 @@ def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
         SpecError: no parameters, two tensors of one name, too many elements, or more servers than the gradient
             vector can be cut into.
     """
-    names = [tensor.name for tensor in tensors]
-    if len(set(names)) != len(names):
-        raise SpecError(refusal("distinct tensor names", "tensors", sorted({n for n in names if names.count(n) > 1})))
+    counts = Counter(tensor.name for tensor in tensors)
+    if len(counts) != len(tensors):
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise SpecError(refusal("distinct tensor names", "tensors", twice[:5]))
     edges = [0]
     for tensor in tensors:
         if not tensor.buffer:
             edges.append(edges[-1] + tensor.elements)
     d, e = edges[-1], sum(tensor.elements for tensor in tensors if tensor.buffer)
-    if not 1 <= d <= MAXIMAL_ELEMENTS:
-        raise SpecError(refusal(f"1 to {MAXIMAL_ELEMENTS} parameters", "parameters", d, "model"))
+    if not 1 <= d <= MAXIMAL_ELEMENTS or e > MAXIMAL_ELEMENTS:
+        name, count = ("parameters", d) if not 1 <= d <= MAXIMAL_ELEMENTS else ("buffer elements", e)
+        raise SpecError(refusal(f"1 to {MAXIMAL_ELEMENTS} {name}", name, count, "model"))
     alignment = make_codec(spec.codec, start=0, stop=d, layer_edges=edges).alignment
     shard_edges = _even_cuts(0, d, spec.servers, alignment)
     if len(set(shard_edges)) <= spec.servers:

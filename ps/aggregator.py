@@ -1,7 +1,7 @@
 """The Aggregator service: a thin gRPC shell around the rounds and the reducer of one shard.
 
-Everything but the arithmetic runs on the event loop; sums and encodings run in order on one thread of their own, so
-that a busy reducer never stops the streams.
+Checks and decisions run on the event loop; sums and encodings run in order on one thread of their own, so that a busy
+reducer never stops the streams.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import numpy as np
 
 from common.codecs import Encoded
 from common.config import JobSpec
-from common.errors import CodecError, SpecError, refusal
+from common.errors import CodecError, SpecError, clipped, refusal
 from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
 from common.wire.rpc import PROTOCOL_VERSION
 from common.wire.v1 import ps_pb2 as wire
 from ps import rounds as r
+from ps.membership import FormView
 from ps.outcome import REASONS, Outcome, ending_of
 from ps.reduce import ShardReducer
 from ps.streams import Outbox, first_message, kind_of, serve_stream
 
 MAXIMAL_REFUSALS = 32
 """Refused contributions after which a stream is closed: its worker does not speak our protocol."""
+DIGEST_BYTES = 16
+"""Of XXH3-128."""
 SPARE_MESSAGES = 256
 """Room in an outbox beside two rounds of averages."""
 
@@ -59,12 +62,14 @@ class Aggregator:
         self._peers: dict[int, Outbox] = {}
         self._held: dict[tuple[int, int], Encoded] = {}
         self._averages: dict[tuple[int, int], bytes] = {}
+        self._expected: FormView | None = None
         self._stop: bytes | None = None
 
-    def expect(self, *, view: int, coordinator_incarnation: int, worker_ids: tuple[str, ...]) -> None:
+    def expect(self, formed: FormView) -> None:
         """Tells the coordinator's own shard which view has formed; other shards learn it from the first Hello."""
-        self._view = (coordinator_incarnation, view)
-        self._worker_ids = worker_ids
+        self._view = (self._incarnation, formed.view)
+        self._worker_ids = formed.worker_ids
+        self._expected = formed
 
     @property
     def round(self) -> int:
@@ -101,8 +106,7 @@ class Aggregator:
 
     async def exchange(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """Handles one Exchange stream."""
-        buckets = len(self._layout.buckets) if self._layout else 1 << 16
-        await serve_stream(requests, context, Outbox(2 * buckets + SPARE_MESSAGES), self._read)
+        await serve_stream(requests, context, Outbox(SPARE_MESSAGES), self._read)
 
     async def _read(self, requests: AsyncIterator[Any], outbox: Outbox) -> None:
         message = await first_message(requests, self._spec.deadlines.hello_s)
@@ -117,6 +121,7 @@ class Aggregator:
             self._refuse(outbox, *why_not)
             return
         worker = hello.worker_index
+        outbox.limit = SPARE_MESSAGES + 2 * len(self._layout.buckets if self._layout else ())
         self._peers[worker] = outbox
         said_goodbye = False
         try:
@@ -127,6 +132,9 @@ class Aggregator:
         finally:
             if self._peers.get(worker) is outbox:
                 del self._peers[worker]
+            if outbox.overflowed.is_set():
+                text = refusal("a worker that reads", "unread_messages", outbox.limit)
+                self._emit("refused", worker_id=self._worker_ids[worker], text=text)
             if not said_goodbye:
                 self._event(r.StreamLost(worker_index=worker))
 
@@ -137,8 +145,11 @@ class Aggregator:
                 case "contribution":
                     refusals += not self._contribution(message.contribution, worker, outbox)
                 case "goodbye":
-                    ending = ending_of(message.goodbye.ending)
-                    self._event(r.GoodbyeReceived(worker_index=worker, ending=ending, text=message.goodbye.text))
+                    said = message.goodbye
+                    goodbye = r.GoodbyeReceived(
+                        worker_index=worker, ending=ending_of(said.ending), text=clipped(said.text), retry=said.retry
+                    )
+                    self._event(goodbye)
                     return True
                 case kind:
                     rule, who = "a contribution or Goodbye", self._worker_ids[worker]
@@ -178,27 +189,33 @@ class Aggregator:
         return self._take_layout(hello)
 
     def _take_layout(self, hello: wire.Hello) -> tuple[int, str] | None:
-        layout = self._layout
+        """Plans the first good Hello's layout; at shard 0 only the one that all members had when they joined."""
+        agreed = self._expected
+        if agreed and self._rounds is None and hello.round != agreed.round:
+            return wire.REASON_ROUND, refusal(f"round={agreed.round}, which is open", "round", hello.round)
+        digest = agreed.layout_digest if agreed else None
         try:
-            layout = layout or plan_layout(tensors_from(hello.tensors), self._spec)
-        except SpecError as error:
+            if digest is None or digest == hello.layout_digest:
+                layout = self._layout or plan_layout(tensors_from(hello.tensors), self._spec)
+                digest = layout.digest()
+        except (SpecError, CodecError) as error:
             return wire.REASON_LAYOUT, str(error)
-        if layout.digest() != hello.layout_digest:
-            rule = f"layout_digest={layout.digest().hex()}"
+        if digest != hello.layout_digest:
+            rule = f"layout_digest={digest.hex()}"
             return wire.REASON_LAYOUT, refusal(rule, "layout_digest", hello.layout_digest.hex())
         if self._rounds is None:
             self._start(layout, hello)
         return None
 
     def _start(self, layout: Layout, hello: wire.Hello) -> None:
+        self._reducer = ShardReducer(layout, self._spec, self._shard)
         self._layout = layout
         self._view = (hello.coordinator_incarnation, hello.view)
         self._worker_ids = tuple(hello.worker_ids)
-        self._reducer = ShardReducer(layout, self._spec, self._shard)
         config = r.RoundsConfig(
             view=hello.view,
             worker_ids=self._worker_ids,
-            buckets=self._reducer.buckets,
+            buckets=tuple(self._reducer.buckets),
             together=self._reducer.published_together,
             first_round=hello.round,
             deadline_s=self._spec.deadlines.round_s,
@@ -216,6 +233,11 @@ class Aggregator:
         if contribution.incarnation != self._incarnation:
             text = refusal(f"incarnation={self._incarnation}", "incarnation", contribution.incarnation, where)
             self._refuse(outbox, wire.REASON_INCARNATION, text, contribution)
+            return False
+        if len(contribution.parameter_digest) != DIGEST_BYTES:
+            size = len(contribution.parameter_digest)
+            text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size, where)
+            self._refuse(outbox, wire.REASON_CONTENT, text, contribution)
             return False
         encoded = encoded_from(contribution)
         if number in self._reducer.buckets:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from common.config import JobSpec, Split
-from common.errors import refusal
+from common.errors import clipped, refusal
 from common.events import Emitter
 from common.wire.rpc import PROTOCOL_VERSION, Malformed
 from common.wire.v1 import ps_pb2 as wire
@@ -44,6 +44,7 @@ class Coordinator:
         self._numbers = itertools.count()
         self._connections: dict[int, Outbox] = {}
         self._view = 0
+        self._waiting: wire.Waiting | None = None
         self._membership = m.Membership(
             m.MembershipConfig(
                 job_id=spec.job_id,
@@ -61,13 +62,17 @@ class Coordinator:
         return self._membership.formed
 
     def tick(self) -> None:
-        """Lets the membership see the time."""
+        """Lets the membership see the time, and tells the workers what has changed since the last tick."""
         self._event(m.Tick())
+        if self._waiting is not None:
+            self.broadcast(wire.JoinResponse(waiting=self._waiting))
+            self._waiting = None
 
     def broadcast(self, message: wire.JoinResponse, *, last: bool = False) -> None:
         """Queues a message for every worker; `last` ends the streams after it."""
+        data = message.SerializeToString()
         for outbox in self._connections.values():
-            outbox.put(message)
+            outbox.put(data)
             if last:
                 outbox.close()
 
@@ -83,12 +88,21 @@ class Coordinator:
             text = refusal("a LeaveRequest", "bytes", request.size_bytes)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
             raise AssertionError("abort raises")
-        if (request.incarnation, request.view) != (self._incarnation, self._view):
+        if not self._view or (request.incarnation, request.view) != (self._incarnation, self._view):
             text = refusal(f"view={self._view} of incarnation={self._incarnation}", "view", request.view)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         ending = ending_of(request.ending)
         self._emit("left", worker_id=request.worker_id, ending=ending.name.lower())
-        self._event(m.Left(worker_id=request.worker_id, ending=ending, text=request.text))
+        left = m.Left(
+            worker_id=request.worker_id,
+            ending=ending,
+            text=clipped(request.text),
+            retry=request.retry,
+            replica_digest=request.replica_digest,
+        )
+        for effect in self._event(left):
+            if isinstance(effect, m.Fail) and not effect.retry and request.worker_id in effect.worker_ids:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, effect.text)
         return wire.LeaveResponse()
 
     async def _read(self, requests: AsyncIterator[Any], outbox: Outbox) -> None:
@@ -117,8 +131,10 @@ class Coordinator:
             del self._connections[connection]
             self._event(m.ConnectionLost(connection=connection))
 
-    def _event(self, event: m.Event) -> None:
-        self._perform(self._membership.handle(event, time.monotonic()))
+    def _event(self, event: m.Event) -> list[m.Effect]:
+        effects = self._membership.handle(event, time.monotonic())
+        self._perform(effects)
+        return effects
 
     def _perform(self, effects: Iterable[m.Effect]) -> None:
         for effect in effects:
@@ -161,15 +177,14 @@ class Coordinator:
         else:
             awaited = [*effect.not_ready, *([f"{missing} more to join"] if missing else [])]
             self._emit("waiting", missing=awaited, waited_s=waited_s, round=0)
-        waiting = wire.Waiting(worker_ids=effect.not_ready, waited_s=waited_s, missing=missing)
-        self.broadcast(wire.JoinResponse(waiting=waiting))
+        self._waiting = wire.Waiting(worker_ids=effect.not_ready, waited_s=waited_s, missing=missing)
 
 
 def _ready(said: wire.Readiness, connection: int) -> m.Ready:
     return m.Ready(
         connection=connection,
         layout_digest=said.layout_digest,
-        parameter_digest=said.parameter_digest,
+        replica_digest=said.replica_digest,
         round=said.round,
         samples=said.samples,
         classes=said.classes,

@@ -9,9 +9,10 @@ Rules:
  3. The view forms when all M workers are ready: number 1, worker_index by natural order of worker_id ("worker-2" before
     "worker-10"), so that equal names give equal indices whatever the order of arrival.
  4. Before the view has formed, a worker that goes frees its place. If the view has not formed `join_s` after the first
-    introduction, the job fails and says who was there.
- 5. After it, a worker that goes without Leave, or leaves with a failure, fails the job. When all have left, it is
-    finished.
+    introduction, the job fails and says who was there; while nobody is there, that clock stands still.
+ 5. After it, a worker that goes without Leave, or leaves with a failure, fails the job; so does one whose final state
+    differs from that of the first that left. One that was told of another's failure passes it on and is not named as
+    its cause. When all have left, the job is finished.
 
 This is the one place that decides which view may close a round: today the view that formed, all of its workers.
 """
@@ -33,6 +34,7 @@ class WhyNot(Enum):
 
     PROTOCOL_VERSION = auto()
     JOB = auto()
+    NAME = auto()
     WORKER_ID = auto()
     VIEW_FULL = auto()
     LAYOUT = auto()
@@ -57,7 +59,7 @@ class Ready:
 
     connection: int
     layout_digest: bytes
-    parameter_digest: bytes
+    replica_digest: bytes
     round: int
     samples: int
     classes: str
@@ -65,11 +67,13 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """A worker has called Leave."""
+    """A worker has called Leave; `replica_digest` is that of its final state."""
 
     worker_id: str
     ending: Ending
     text: str = ""
+    retry: bool = True
+    replica_digest: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,7 @@ class FormView:
     worker_ids: tuple[str, ...]
     connections: tuple[int, ...]
     samples: tuple[int, ...]
+    layout_digest: bytes
     round: int
 
 
@@ -172,6 +177,7 @@ class Membership:
         self.formed = False
         self._members: dict[str, _Member] = {}
         self._endings: dict[str, Ending] = {}
+        self._final: tuple[str, bytes] | None = None
         self._since_s: float | None = None
         self._reported_s = 0.0
 
@@ -215,7 +221,7 @@ class Membership:
             return WhyNot.JOB, refusal(f"job_id={config.job_id}", "job_id", event.job_id, who)
         if not WORKER_ID.fullmatch(event.worker_id):
             rule = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
-            return WhyNot.WORKER_ID, refusal(rule, "worker_id", repr(event.worker_id[:80]))
+            return WhyNot.NAME, refusal(rule, "worker_id", repr(event.worker_id[:80]))
         if event.worker_id in self._members and event.worker_id not in self._endings:
             return WhyNot.WORKER_ID, refusal("a worker_id that is not live", "worker_id", event.worker_id)
         if self.formed or len(self._members) >= config.workers:
@@ -229,7 +235,7 @@ class Membership:
             return []
         why_not = self._readiness_refusal(event, worker_id)
         if why_not:
-            del self._members[worker_id]
+            self._drop(worker_id)
             why, text = why_not
             return [Refuse(connection=event.connection, worker_id=worker_id, why=why, text=text)]
         self._members[worker_id].ready = event
@@ -244,6 +250,7 @@ class Membership:
                 worker_ids=self.worker_ids,
                 connections=tuple(member.connection for member in members),
                 samples=tuple(member.ready.samples for member in members if member.ready),
+                layout_digest=event.layout_digest,
                 round=event.round,
             )
         ]
@@ -253,7 +260,7 @@ class Membership:
         compared = [
             (WhyNot.LAYOUT, "layout_digest", first.layout_digest.hex(), event.layout_digest.hex()),
             (WhyNot.ROUND, "round", first.round, event.round),
-            (WhyNot.PARAMETERS, "parameter_digest", first.parameter_digest.hex(), event.parameter_digest.hex()),
+            (WhyNot.PARAMETERS, "replica_digest", first.replica_digest.hex(), event.replica_digest.hex()),
             (WhyNot.DATA, "classes", first.classes, event.classes),
         ]
         if self.config.same_samples:
@@ -264,25 +271,37 @@ class Membership:
         return None
 
     def _left(self, event: Left) -> list[Effect]:
-        if event.worker_id not in self._members:
-            return []
-        if not self.formed:
-            del self._members[event.worker_id]
+        if event.worker_id not in self._members or not self.formed:
             return []
         self._endings[event.worker_id] = event.ending
+        if event.ending is Ending.ABORTED:
+            return [self._fail(event.text, (), retry=event.retry)]
         if event.ending is Ending.FAILED:
             return [self._fail(f"{event.worker_id} failed: {event.text}", (event.worker_id,), retry=True)]
+        mismatch = self._final_mismatch(event)
+        if mismatch:
+            return [mismatch]
         if len(self._endings) < len(self._members):
             return []
         stopped = Ending.STOPPED in self._endings.values()
         return [Finish(ending=Ending.STOPPED if stopped else Ending.COMPLETED)]
+
+    def _final_mismatch(self, event: Left) -> Fail | None:
+        if self._final is None:
+            self._final = (event.worker_id, event.replica_digest)
+        first, digest = self._final
+        if digest == event.replica_digest:
+            return None
+        rule = f"replica_digest={digest.hex()} as on {first}"
+        text = refusal(rule, "replica_digest", event.replica_digest.hex(), f"{event.worker_id}, at the end")
+        return self._fail(f"the replicas differ: {text}", (first, event.worker_id), retry=False)
 
     def _lost(self, event: ConnectionLost) -> list[Effect]:
         worker_id = self._worker_at(event.connection)
         if worker_id is None or worker_id in self._endings:
             return []
         if not self.formed:
-            del self._members[worker_id]
+            self._drop(worker_id)
             return []
         return [self._fail(f"{worker_id} is gone: its Join stream ended", (worker_id,), retry=True)]
 
@@ -297,6 +316,12 @@ class Membership:
         if now_s - self._reported_s < self.config.report_s:
             return []
         return [self._report(now_s)]
+
+    def _drop(self, worker_id: str) -> None:
+        """Frees a place; with nobody there the clock of rule 4 stands still."""
+        del self._members[worker_id]
+        if not self._members:
+            self._since_s = None
 
     def _worker_at(self, connection: int) -> str | None:
         return next((name for name, member in self._members.items() if member.connection == connection), None)

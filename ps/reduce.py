@@ -6,6 +6,8 @@ worker_index: float32 addition is not associative, and the same inputs have to g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from common.codecs import SERVER, BlockScales, Codec, Encoded, Float32, RandomKey
@@ -40,9 +42,9 @@ class ShardReducer:
         return self._together
 
     @property
-    def buckets(self) -> tuple[int, ...]:
-        """Numbers of this shard's buckets."""
-        return tuple(self._buckets)
+    def buckets(self) -> Mapping[int, Bucket]:
+        """This shard's buckets by number."""
+        return self._buckets
 
     def push_codec_of(self, bucket: int) -> Codec:
         """The codec that contributions to a bucket must have."""

@@ -15,7 +15,8 @@ Rules (docs/protocol.md explains them):
     the shard's compressed buckets are published together, after the last of them.
  7. The averages of the open round and of the last closed one are kept: a worker can be at most one round behind.
  8. A worker that ends without a Goodbye, or with a failure, fails the job; so does one that says Goodbye while a round
-    that has begun still needs it. When all have said Goodbye, the job is finished.
+    that has begun still needs it. One that was told of another's failure passes it on and is not named as its cause.
+    When all have said Goodbye, the job is finished.
  9. A round that stays open longer than the deadline fails the job and names the workers that it waits for.
 
 `handle(event, now_s) -> effects`. Events and effects carry ids, never tensors; the shell checks content (codec, length,
@@ -37,6 +38,8 @@ class Ending(Enum):
     COMPLETED = auto()
     STOPPED = auto()
     FAILED = auto()
+    ABORTED = auto()
+    """Another's failure, of which a server has told it."""
 
 
 class Why(Enum):
@@ -74,6 +77,7 @@ class GoodbyeReceived:
     worker_index: int
     ending: Ending
     text: str = ""
+    retry: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +361,8 @@ class Rounds:
 
     def _goodbye(self, event: GoodbyeReceived) -> list[Effect]:
         self._endings[event.worker_index] = event.ending
+        if event.ending is Ending.ABORTED:
+            return [self._fail(event.text, (), retry=event.retry)]
         if event.ending is Ending.FAILED:
             text = f"{self._name(event.worker_index)} failed: {event.text}"
             return [self._fail(text, (event.worker_index,), retry=True)]

@@ -107,6 +107,7 @@ class Server:
     async def serve(self) -> Outcome:
         """Serves until the job is over; returns how it ended."""
         ticking = asyncio.ensure_future(self._tick())
+        ticking.add_done_callback(self._tick_ended)
         try:
             return await self._outcome
         finally:
@@ -155,7 +156,12 @@ class Server:
             self.coordinator.broadcast(wire.JoinResponse(abort=abort), last=True)
 
     def _view_formed(self, view: FormView) -> None:
-        self.aggregator.expect(view=view.view, coordinator_incarnation=self.incarnation, worker_ids=view.worker_ids)
+        self.aggregator.expect(view)
+
+    def _tick_ended(self, task: asyncio.Task[None]) -> None:
+        """Without ticks no deadline holds: a defect there ends the job."""
+        if not task.cancelled() and task.exception():
+            self.end(Outcome.failed(f"defect in the server: {task.exception()!r}", (), retry=False))
 
     async def _tick(self) -> None:
         while True:

@@ -15,20 +15,26 @@ Outgoing = Message | bytes
 
 
 class Outbox:
-    """Messages for one peer. A peer that does not read fills its own outbox and nobody else's."""
+    """Messages for one peer. A peer that does not read fills its own outbox and nobody else's, and is dropped.
+
+    Attributes:
+        limit: messages that may wait; a peer within the protocol never needs as many. May be changed.
+        overflowed: set when the limit was reached; the stream ends then.
+    """
 
     def __init__(self, limit: int) -> None:
-        """`limit`: messages that may wait; a peer within the protocol never needs as many."""
+        self.limit = limit
         self.closed = False
-        self._limit = limit
+        self.overflowed = asyncio.Event()
         self._queue: asyncio.Queue[Outgoing | None] = asyncio.Queue()
 
     def put(self, message: Outgoing) -> None:
-        """Queues a message; closes the outbox if the peer has stopped reading."""
+        """Queues a message, unless the outbox is closed or the peer has stopped reading."""
         if self.closed:
             return
-        if self._queue.qsize() >= self._limit:
-            self.close()
+        if self._queue.qsize() >= self.limit:
+            self.closed = True
+            self.overflowed.set()
             return
         self._queue.put_nowait(message)
 
@@ -53,19 +59,20 @@ async def serve_stream(
     """Runs a bidirectional stream: `read` consumes requests while the outbox is written.
 
     It ends when `read` returns and the outbox has been written, or when the outbox has been closed and written
-    (`read` is cancelled then), or when the peer goes.
+    (`read` is cancelled then), or when the peer goes or does not read.
     """
     reader = asyncio.ensure_future(read(requests, outbox))
     writer = asyncio.ensure_future(outbox.drain(context))
+    deaf = asyncio.ensure_future(outbox.overflowed.wait())
     try:
-        await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({reader, writer, deaf}, return_when=asyncio.FIRST_COMPLETED)
         if reader.done() and not reader.exception():
             outbox.close()
             await writer
     except asyncio.CancelledError:
         pass  # the peer has gone, or the server stops: nobody is left to hear of it, and grpc would log a traceback
     finally:
-        for task in (reader, writer):
+        for task in (reader, writer, deaf):
             task.cancel()
         results = await asyncio.gather(reader, writer, return_exceptions=True)
     for result in results:

@@ -21,10 +21,12 @@ from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
 from ps.server import Server, ServerOptions
-from worker.exchange.coordination import Admission, Coordination, ReadyReplica, connect
+from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
 from worker.exchange.ps import ParameterServerExchange
 
 DEADLINE_S = 20.0
+DIGEST = b"d" * 16
+"""Some parameters' digest."""
 TENSORS = (
     TensorSpec(name="conv.weight", shape=(24, 7, 3, 3), buffer=False),
     TensorSpec(name="conv.bias", shape=(24,), buffer=False),
@@ -119,10 +121,11 @@ class Member:
     layout: Layout
     channels: list[grpc.Channel]
 
-    def leave(self, ending: Any = wire.ENDING_COMPLETED, text: str = "") -> None:
-        """Ends in good order."""
-        self.exchange.close(ending, text)
-        self.coordination.leave(ending, text)
+    def leave(self, end: End | None = None, replica_digest: bytes = b"") -> None:
+        """Ends, in good order unless `end` says otherwise."""
+        end = end or End(ending=wire.ENDING_COMPLETED)
+        self.exchange.close(end)
+        self.coordination.leave(end, replica_digest)
 
     def vanish(self) -> None:
         """Ends without a word, as a killed process would."""
@@ -139,12 +142,12 @@ def introduce(address: str, worker_id: str) -> tuple[grpc.Channel, Coordination,
     """The first half of a join."""
     channel = connect(address, DEADLINE_S, 10.0)
     coordination = Coordination(channel, address, worker_id, silent())
-    return channel, coordination, coordination.introduce(None)
+    return channel, coordination, coordination.introduce(None, DEADLINE_S)
 
 
 def ready(layout: Layout, **changes: Any) -> ReadyReplica:
     """What a well-behaved worker says of itself, with `changes`."""
-    values = {"layout": layout, "parameter_digest": b"p" * 16, "round": 0, "samples": 100, "classes": "10 classes"}
+    values = {"layout": layout, "replica_digest": b"p" * 16, "round": 0, "samples": 100, "classes": "10 classes"}
     return ReadyReplica(**{**values, **changes})
 
 
@@ -152,7 +155,7 @@ def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, 
     """A whole join; returns when the view has formed."""
     channel, coordination, spec = introduce(address, worker_id)
     layout = plan_layout(tensors, spec)
-    admission = coordination.get_ready(ready(layout, round=round_))
+    admission = coordination.get_ready(ready(layout, round=round_), 2 * DEADLINE_S)
     others = [connect(shard_address, DEADLINE_S, 10.0) for shard_address in admission.shard_addresses[1:]]
     exchange = ParameterServerExchange(
         layout=layout,

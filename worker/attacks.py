@@ -86,8 +86,8 @@ class GradientSignAttack(Attack):
     def gradient(self, model: nn.Module, perturbed_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         """Gradient of the cross-entropy with respect to the images.
 
-        The loss is summed, not averaged, so that with batch norm in eval mode a sample's perturbation does not
-        depend on the other samples of its batch.
+        The loss is summed: only the sign of the gradient counts, and a division by the batch size could only let it
+        underflow. With batch norm in eval mode a sample's perturbation does not depend on the rest of its batch.
         """
         variable = perturbed_NCHW.detach().requires_grad_()
         with torch.enable_grad():

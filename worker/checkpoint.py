@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.config import JobSpec
-from common.errors import CheckpointError, SpecError, refusal
+from common.errors import CheckpointError, SpecError, StorageError, refusal
 from common.spec_sources import job_spec_from_json
 
 FORMAT = 1
@@ -59,26 +59,37 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: Ma
         tensors: on the CPU.
         description: JSON-able: round, rounds, spec (a mapping) and what `Checkpoint` names beside them.
         keep: how many to keep, at least 1.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / checkpoint_name(description["round"])
     temporary = folder / f".{path.name}.{uuid.uuid4().hex}"
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         save_file(dict(tensors), temporary / TENSORS)
         content = {"format": FORMAT, **description, "tensors_xxh3_128": _digest(temporary / TENSORS)}
         (temporary / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
-        for file in temporary.iterdir():
+        for file in (*temporary.iterdir(), temporary):
             _flush(file)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(folder / f".{path.name}.{uuid.uuid4().hex}")
         temporary.rename(path)
         _flush(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(refusal("a folder with room to write", "path", folder, str(error))) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(folder)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def forget_after(folder: Path, round_: int) -> None:
+    """Removes the checkpoints of later rounds: a run that goes on from an earlier one abandons them."""
+    for path in _all(folder) if folder.is_dir() else []:
+        if _round_of(path) > round_:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -93,6 +104,11 @@ def find_checkpoint(path: Path) -> Path:
         if folder.is_dir() and (found := _all(folder)):
             return found[-1]
     raise SpecError(refusal("a checkpoint, or a run folder with checkpoints", "path", path, "none found"))
+
+
+def has_checkpoints(path: Path) -> bool:
+    """Whether a run folder has any checkpoint."""
+    return (path / "checkpoints").is_dir() and bool(_all(path / "checkpoints"))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -122,8 +138,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _all(folder: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_round_of)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.removeprefix("round-"))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what an interrupted save, of this process or one before, has left."""
+    for path in folder.glob(".round-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(file: Path) -> str:

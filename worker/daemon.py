@@ -6,28 +6,35 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import grpc
 import torch
 
 from common.config import JobSpec
-from common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DatpsError, SpecError, refusal
+from common.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    DatpsError,
+    MismatchError,
+    PeerLostError,
+    SpecError,
+    refusal,
+)
 from common.events import Emitter
 from common.layout import plan_layout
 from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
-from worker.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from worker.data import BatchPlan, Dataset
 from worker.datasets import load_dataset
 from worker.evaluation import evaluate
-from worker.exchange.coordination import Admission, Coordination, ReadyReplica, connect
-from worker.exchange.ps import ParameterServerExchange
+from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
+from worker.exchange.ps import GRACE_S, ParameterServerExchange
 from worker.models import build_model
 from worker.record import RunFolder, RunRecorder, accuracies
 from worker.replica import Replica, load_model
@@ -100,6 +107,41 @@ class StopFlag:
             raise Stopped
 
 
+class AbortRelay:
+    """An Abort can come on the Join stream before there is an exchange that it ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._abort: tuple[str, bool] | None = None
+        self._fail: Callable[[str, bool], None] | None = None
+
+    def aborted(self, text: str, retry: bool) -> None:
+        """The job has been aborted, or the coordinator is gone."""
+        with self._lock:
+            self._abort = self._abort or (text, retry)
+            if self._fail:
+                self._fail(*self._abort)
+
+    def attach(self, fail: Callable[[str, bool], None]) -> None:
+        """From now on aborts are passed on at once; also one that has come already."""
+        with self._lock:
+            self._fail = fail
+            if self._abort:
+                fail(*self._abort)
+
+    def raise_if_aborted(self) -> None:
+        """Raises what an Abort means.
+
+        Raises:
+            PeerLostError: a new try can succeed.
+            MismatchError: it cannot.
+        """
+        with self._lock:
+            if self._abort:
+                text, retry = self._abort
+                raise (PeerLostError if retry else MismatchError)(text)
+
+
 def run(options: WorkerOptions, emit: Emitter) -> int:
     """Takes part in one job; returns the exit code when the training is complete, stopped or failed."""
     stop = StopFlag()
@@ -156,29 +198,33 @@ def evaluate_checkpoint(
 
 def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
     device = _device(options.device, options.threads)
-    checkpoint = load_checkpoint(find_checkpoint(options.resume)) if options.resume else None
+    checkpoint = _checkpoint_to_resume(options)
     emit("connecting", address=options.server)
     with ExitStack() as stack:
         channel = connect(options.server, options.connect_s, KEEPALIVE_S)
         stack.callback(channel.close)
         coordination = Coordination(channel, options.server, options.worker_id, emit)
         stack.callback(coordination.close)
-        spec = coordination.introduce(options.job_id)
+        spec = coordination.introduce(options.job_id, options.connect_s)
         model = f"{spec.model.name} on {spec.data.name}"
         emit("offered", job_id=spec.job_id, model=model, workers=spec.workers, servers=spec.servers)
         job = _Job(options, emit, stop, spec, device, checkpoint)
-        admission = coordination.get_ready(job.ready_replica())
-        channels = []
-        for address in (options.server, *admission.shard_addresses[1:]):
-            channels.append(connect(address, options.connect_s, spec.deadlines.keepalive_s))
-            stack.callback(channels[-1].close)
-        complete = job.train(coordination, admission, channels)
+        complete = job.take_part(coordination, stack)
     if not complete:
         saved = "state saved" if options.out else "nothing saved (no --out)"
         emit("stopping", text=f"stopped after round {job.round}, {saved}")
         return stop.exit_code or EXIT_TERMINATED
     job.finish()
     return 0
+
+
+def _checkpoint_to_resume(options: WorkerOptions) -> Checkpoint | None:
+    """The checkpoint to go on from; none in a run folder of ours that has none yet."""
+    if options.resume is None:
+        return None
+    if options.out and options.resume.resolve() == options.out.resolve() and not has_checkpoints(options.resume):
+        return None
+    return load_checkpoint(find_checkpoint(options.resume))
 
 
 class _Job:
@@ -203,22 +249,51 @@ class _Job:
         self._layout = plan_layout(self._replica.tensors, spec)
         self._folder = None
         if options.out:
-            self._folder = RunFolder(options.out, resumed_round=checkpoint.round if checkpoint else None)
+            self._folder = RunFolder(options.out, resumed=checkpoint)
         self._recorder: RunRecorder | None = None
 
-    def ready_replica(self) -> ReadyReplica:
-        """What the worker says of itself when it is ready."""
+    def take_part(self, coordination: Coordination, stack: ExitStack) -> bool:
+        """From readiness to Leave; True if the training is complete.
+
+        Whatever goes wrong in between, the others hear what it was.
+        """
+        end, exchange = End(ending=wire.ENDING_FAILED, text="a defect"), None
+        try:
+            admission = coordination.get_ready(self._ready_replica(), self._spec.deadlines.join_s + GRACE_S)
+            relay = AbortRelay()
+            coordination.watch(relay.aborted)
+            exchange = self._open_exchange(admission, relay, stack)
+            relay.attach(exchange.fail)
+            complete = self._train(exchange, admission)
+            end = End(ending=wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED)
+        except Stopped:
+            end = End(ending=wire.ENDING_FAILED, text="stopped by a signal before its first round")
+            raise
+        except Exception as error:
+            end = End.after(error)
+            raise
+        finally:
+            if exchange:
+                exchange.close(end)
+            coordination.leave(end, self._replica.replica_digest())
+        return complete
+
+    def _ready_replica(self) -> ReadyReplica:
         return ReadyReplica(
             layout=self._layout,
-            parameter_digest=self._replica.full_digest(),
+            replica_digest=self._replica.replica_digest(),
             round=self.round,
             samples=len(self._dataset.train.labels),
             classes=_describe_classes(self._dataset),
         )
 
-    def train(self, coordination: Coordination, admission: Admission, channels: Sequence[grpc.Channel]) -> bool:
-        """Runs all rounds, then leaves in good order; True if the training is complete."""
-        exchange = ParameterServerExchange(
+    def _open_exchange(self, admission: Admission, relay: AbortRelay, stack: ExitStack) -> ParameterServerExchange:
+        channels = []
+        for address in admission.shard_addresses:
+            keepalive_s = self._spec.deadlines.keepalive_s
+            channels.append(connect(address, self._options.connect_s, keepalive_s, relay.raise_if_aborted))
+            stack.callback(channels[-1].close)
+        return ParameterServerExchange(
             layout=self._layout,
             spec=self._spec,
             admission=admission,
@@ -226,21 +301,15 @@ class _Job:
             first_round=self.round,
             emit=self._emit,
         )
-        coordination.watch(exchange.fail)
-        ending, text = wire.ENDING_FAILED, "a defect; see the worker's log"
-        try:
-            trainer = self._trainer(exchange, admission)
-            self._stop.training = True
-            complete = trainer.run()
-            self.round = trainer.round
-            ending, text = (wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED), ""
-        except DatpsError as error:
-            text = str(error)
-            raise
-        finally:
-            exchange.close(ending, text)
-            coordination.leave(ending, text)
-            self._stop.training = False
+
+    def _train(self, exchange: ParameterServerExchange, admission: Admission) -> bool:
+        """Runs all rounds; from here on a signal waits for the round's end."""
+        trainer = self._trainer(exchange, admission)
+        if self._folder:
+            self._folder.begin()
+        self._stop.training = True
+        complete = trainer.run()
+        self.round = trainer.round
         return complete
 
     def finish(self) -> None:

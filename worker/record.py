@@ -6,15 +6,16 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from common.config import JobSpec
-from common.errors import SpecError, refusal
+from common.errors import SpecError, StorageError, refusal
 from common.events import Emitter
-from worker.checkpoint import save_checkpoint
+from worker.checkpoint import Checkpoint, forget_after, save_checkpoint
 from worker.data import Dataset
 from worker.evaluation import Evaluation
 from worker.replica import Replica
@@ -27,30 +28,45 @@ _SUMS = ("attack_s", "compute_s", "communication_s", "evaluation_s", "round_s", 
 class RunFolder:
     """The files of one worker's run."""
 
-    def __init__(self, path: Path, *, resumed_round: int | None) -> None:
-        """
+    def __init__(self, path: Path, *, resumed: Checkpoint | None) -> None:
+        """Changes nothing yet.
+
         Args:
-            path: the run folder; created if absent.
-            resumed_round: rounds that are done already; None for a new run.
+            path: the run folder; created by `begin` if absent.
+            resumed: the checkpoint that the run goes on from; None for a new run.
 
         Raises:
-            SpecError: the folder holds a run and we do not resume it, or it cannot be written.
+            SpecError: the folder holds rounds of another run.
         """
         self.path = path
         self._rounds = path / ROUNDS
-        if resumed_round is None and self._rounds.exists():
-            raise SpecError(refusal("a folder without a run (or --resume)", "out", path, f"it has {ROUNDS}"))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._lines() if line["round"] <= (resumed_round or 0)]
-            self._rounds.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        except OSError as error:
-            raise SpecError(refusal("a folder that can be written", "out", path, error.strerror or "")) from None
-        self.seconds_before = sum(line["round_s"] for line in kept)
+        self._resumed_round = resumed.round if resumed else 0
+        own = resumed is not None and resumed.path.resolve().parent == (path / CHECKPOINTS).resolve()
+        lines = self._lines()
+        if lines and not own:
+            rule = "a folder without rounds of another run (or --resume)"
+            raise SpecError(refusal(rule, "out", path, f"{ROUNDS} has {len(lines)}"))
+        self._kept = [line for line in lines if line["round"] <= self._resumed_round]
+        self.seconds_before = sum(line["round_s"] for line in self._kept)
+
+    def begin(self) -> None:
+        """Makes the folder, and forgets what came after the checkpoint that the run goes on from.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        with _storing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._replace(self._rounds, "".join(json.dumps(line) + "\n" for line in self._kept))
+            forget_after(self.path / CHECKPOINTS, self._resumed_round)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds one line to rounds.jsonl."""
-        with self._rounds.open("a") as stream:
+        """Adds one line to rounds.jsonl.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with _storing(self._rounds), self._rounds.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def sums(self) -> dict[str, float]:
@@ -59,10 +75,19 @@ class RunFolder:
         return {"rounds": len(lines), **{name: sum(line[name] for line in lines) for name in _SUMS}}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json under a temporary name, then renames it."""
-        temporary = self.path / f".{RESULT}.{os.getpid()}"
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.rename(self.path / RESULT)
+        """Writes result.json.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with _storing(self.path):
+            self._replace(self.path / RESULT, json.dumps(result, indent=1) + "\n")
+
+    def _replace(self, file: Path, text: str) -> None:
+        """Writes under a temporary name, then renames: the file is whole, the old one or the new one."""
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(file)
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._rounds.exists():
@@ -162,6 +187,15 @@ def versions() -> dict[str, str]:
     """Versions of what determines the numbers."""
     names = ("datps", "torch", "torchvision", "numpy", "grpcio", "protobuf")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """What the operating system refuses is told as an error of the storage."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(refusal("a folder with room to write", "path", path, str(error))) from None
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:

@@ -80,8 +80,8 @@ class Replica:
         """XXH3-128 of parameters and averaged buffers: 16 bytes."""
         return self._digest(self.parameters.theta, *self._buffers.values())
 
-    def full_digest(self) -> bytes:
-        """XXH3-128 of parameters, all buffers and optimizer state: what replicas must share when they join."""
+    def replica_digest(self) -> bytes:
+        """XXH3-128 of parameters, all buffers and optimizer state: what replicas share when they join and leave."""
         state = self.optimizer.state_tensors()
         return self._digest(
             self.parameters.theta, *self._buffers.values(), *self._counters.values(), *(state[n] for n in sorted(state))

@@ -23,7 +23,10 @@ from worker.schedules import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReport:
-    """One closed round; losses and counts are over all workers, times are this worker's, in seconds."""
+    """One closed round; losses and counts are over all workers, times are this worker's, in seconds.
+
+    `round` counts closed rounds, from 1; `parameter_digest` is that of the parameters after it.
+    """
 
     round: int
     rounds: int
@@ -101,6 +104,7 @@ class Trainer:
         self._recorder = recorder
         self._stop_requested = stop_requested
         self._attack = make_attack(spec.attack)
+        self._digest = replica.parameter_digest()
         self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=self.rounds)
 
     def run(self) -> bool:
@@ -122,7 +126,6 @@ class Trainer:
         """Iteration t = round_ + 1 of Algorithm A1."""
         watch = _Stopwatch(device=self._device)
         started_s = watch.last_s
-        digest = self.replica.parameter_digest()
         evaluation = self._evaluate_share(round_)
         evaluation_s = watch.lap()
         images, labels = self._draw(round_)  # line 4
@@ -132,11 +135,12 @@ class Trainer:
         attack_s = watch.lap()
         cost = self._compute_gradient(images, perturbed, labels)  # line 6, (A2)
         compute_s = watch.lap()
-        traffic, metrics = self._average(round_, cost, evaluation, digest)  # lines 7 to 10, (A3)
+        traffic, metrics = self._average(round_, cost, evaluation)  # lines 7 to 10, (A3)
         communication_s = watch.lap()
         learning_rate = self._schedule.learning_rate(round_)
         parameters = self.replica.parameters
         self.replica.optimizer.update(parameters.theta, parameters.gradient, learning_rate)  # line 12, (A4)
+        self._digest = self.replica.parameter_digest()
         compute_s += watch.lap()
         self._recorder.round_closed(
             self._report(
@@ -149,7 +153,6 @@ class Trainer:
                 communication_s=communication_s,
                 evaluation_s=evaluation_s,
                 round_s=watch.last_s - started_s,
-                parameter_digest=digest.hex(),
             )
         )
         return metrics
@@ -168,9 +171,7 @@ class Trainer:
         cost.loss.backward()
         return cost
 
-    def _average(
-        self, round_: int, cost: LocalCost, evaluation: Evaluation | None, digest: bytes
-    ) -> tuple[Traffic, RoundMetrics]:
+    def _average(self, round_: int, cost: LocalCost, evaluation: Evaluation | None) -> tuple[Traffic, RoundMetrics]:
         own = RoundMetrics(
             loss=float(cost.loss.detach()),
             train_samples=cost.samples,
@@ -181,7 +182,7 @@ class Trainer:
             stop=self._stop_requested() or self._exchange.stop_requested is not None,
         )
         gradient, state = self.replica.gradient_vector(), self.replica.state_vector(own.to_vector())
-        traffic = self._exchange.average(round_, gradient, state, digest)
+        traffic = self._exchange.average(round_, gradient, state, self._digest)
         self.replica.take_gradient(gradient)
         average = self.replica.take_state(state)
         return traffic, RoundMetrics.from_average(average, self.spec.workers)
@@ -207,9 +208,7 @@ class Trainer:
     def _generator(self, round_: int, purpose: Purpose) -> torch.Generator:
         return round_generator(self.spec.seed, round_, self._worker_index, purpose, self._device)
 
-    def _report(
-        self, round_: int, metrics: RoundMetrics, traffic: Traffic, *, parameter_digest: str, **numbers: float
-    ) -> RoundReport:
+    def _report(self, round_: int, metrics: RoundMetrics, traffic: Traffic, **numbers: float) -> RoundReport:
         return RoundReport(
             round=round_ + 1,
             rounds=self.rounds,
@@ -218,6 +217,6 @@ class Trainer:
             train_accuracy=metrics.train_correct / max(metrics.train_samples, 1),
             pushed_bytes=traffic.pushed_bytes,
             pulled_bytes=traffic.pulled_bytes,
-            parameter_digest=parameter_digest,
+            parameter_digest=self._digest.hex(),
             **numbers,
         )

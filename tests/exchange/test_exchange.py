@@ -12,8 +12,8 @@ from common.codecs import SERVER, Float32, RandomKey
 from common.config import JobSpec
 from common.errors import CodecError, MismatchError, PeerLostError
 from common.layout import BucketKind, Layout, TensorSpec, plan_layout, pull_codec, push_codec, state_codec
-from common.wire.v1 import ps_pb2 as wire
-from tests.support import DEADLINE_S, TENSORS, Member, in_threads, job, members, running_servers
+from tests.support import DEADLINE_S, DIGEST, TENSORS, Member, in_threads, job, members, running_servers
+from worker.exchange.coordination import End
 
 CODECS = {
     "none": ["codec.name=none"],
@@ -53,7 +53,7 @@ def run_rounds(joined: list[Member], spec: JobSpec, order: list[int], rounds: in
             assert turns[position].wait(DEADLINE_S)
             turns[position + 1].set()
             gradient, state = g[round_, worker].copy(), s[round_, worker].copy()
-            joined[worker].exchange.average(round_, gradient, state, b"%d" % round_)
+            joined[worker].exchange.average(round_, gradient, state, b"%016d" % round_)
             got.append((gradient.tobytes(), state.tobytes()))
         return got
 
@@ -116,7 +116,7 @@ def test_pushed_and_pulled_bytes_at_8_bits_two_sided_are_within_2_percent_of_d()
 
         def average(member: Member) -> object:
             gradient = np.ones(layout.d, np.float32)
-            return member.exchange.average(0, gradient, np.zeros(layout.e, np.float32), b"")
+            return member.exchange.average(0, gradient, np.zeros(layout.e, np.float32), DIGEST)
 
         traffic = in_threads([lambda m=member: average(m) for member in joined])[0]
     assert layout.d <= traffic.pushed_bytes <= 1.02 * layout.d
@@ -134,10 +134,10 @@ def test_a_gradient_that_is_not_finite_is_refused_naming_bucket_layer_and_worker
         layout, bad = joined[0].layout, np.zeros(joined[0].layout.d, np.float32)
         bad[layout.layer_edges[2] + 5] = np.nan
         with pytest.raises(CodecError, match=r"nan.*gradient bucket 0, worker-1, round 0, layer fc\.weight") as refusal:
-            joined[1].exchange.average(0, bad, np.zeros(layout.e, np.float32), b"")
-        joined[1].leave(wire.ENDING_FAILED, str(refusal.value))
+            joined[1].exchange.average(0, bad, np.zeros(layout.e, np.float32), DIGEST)
+        joined[1].leave(End.after(refusal.value))
         with pytest.raises(PeerLostError, match=r"worker-1 failed: .*nan"):
-            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), b"")
+            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), DIGEST)
         assert servers[0].outcome.result(DEADLINE_S).exit_code == 75
 
 
@@ -165,7 +165,7 @@ def test_a_worker_that_vanishes_in_mid_round_ends_the_others_naming_it() -> None
         joined[1].vanish()
         layout = joined[0].layout
         with pytest.raises(PeerLostError, match="worker-1 is gone"):
-            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), b"")
+            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), DIGEST)
         outcomes = [server.outcome.result(DEADLINE_S) for server in servers]
     assert [outcome.exit_code for outcome in outcomes] == [75, 75]
     assert "worker-1" in outcomes[0].text
@@ -176,7 +176,7 @@ def test_a_round_that_does_not_close_in_time_fails_naming_whom_it_waited_for() -
     with running_servers(spec) as servers, members(spec, servers[0].address) as joined:
         layout = joined[0].layout
         with pytest.raises(PeerLostError, match=r"round 0 did not close within 0\.6 s: waiting for worker-1"):
-            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), b"")
+            joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), DIGEST)
         waiting = [event for event in servers[0].events if event["event"] == "waiting" and event["round"] == 0]
     assert waiting
     assert waiting[-1]["missing"] == ["worker-1"]

@@ -28,6 +28,7 @@ from ps.server import Server, ServerOptions
 from ps.streams import Outbox
 from tests.support import (
     DEADLINE_S,
+    DIGEST,
     TENSORS,
     RunningServer,
     introduce,
@@ -87,7 +88,7 @@ class RawMember:
             honest = pool.submit(join, server.address, "worker-0", tensors)
             channel, coordination, _ = introduce(server.address, "worker-1")
             self._stack.callback(channel.close)
-            self.admission = coordination.get_ready(ready(self.layout))
+            self.admission = coordination.get_ready(ready(self.layout), DEADLINE_S)
             self.honest = honest.result(DEADLINE_S)
         self._stack.callback(self.honest.vanish)
         self.raw = self._stack.enter_context(raw_channel(server.address))
@@ -131,7 +132,7 @@ class RawMember:
             "codec": codec.wire_name,
             "scales": encoded.scales.tobytes(),
             "payload": bytes(encoded.payload),
-            "parameter_digest": b"d",
+            "parameter_digest": DIGEST,
             "incarnation": own,
         }
         return wire.WorkerMessage(contribution=wire.Contribution(**{**values, **changes}))
@@ -141,7 +142,7 @@ class RawMember:
         gradient = np.ones(self.layout.d, np.float32)
         with ThreadPoolExecutor(1) as pool:
             state = np.ones(self.layout.e, np.float32)
-            average = pool.submit(self.honest.exchange.average, round_, gradient, state, b"d")
+            average = pool.submit(self.honest.exchange.average, round_, gradient, state, DIGEST)
             for bucket in range(len(self.layout.buckets)):
                 stream.put(self.contribution(incarnation, bucket, round=round_))
             average.result(DEADLINE_S)
@@ -186,6 +187,7 @@ BAD_CONTRIBUTIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "future round": ({"round": 4}, wire.REASON_ROUND, r"round=0, which is open, got round=4"),
     "unknown bucket": ({"bucket": 77}, wire.REASON_BUCKET, r"a bucket from 0 to 1, got bucket=77"),
     "another view": ({"view": 2}, wire.REASON_VIEW, r"view=1, got view=2"),
+    "no digest": ({"parameter_digest": b"x" * 3}, wire.REASON_CONTENT, r"a digest of 16 bytes, got digest_bytes=3"),
     "another server": ({"incarnation": 3}, wire.REASON_INCARNATION, r"got incarnation=3"),
 }
 
@@ -299,7 +301,8 @@ def test_a_member_that_reads_nothing_gets_a_full_outbox_not_the_servers_memory()
     for number in range(10):
         outbox.put(b"%d" % number)
     assert outbox.closed
-    assert outbox._queue.qsize() == 4  # three messages and the end
+    assert outbox.overflowed.is_set()
+    assert outbox._queue.qsize() == 3
 
 
 BAD_INTRODUCTIONS = {
@@ -309,7 +312,7 @@ BAD_INTRODUCTIONS = {
         "got protocol_version=2",
     ),
     "job": ({"protocol_version": 1, "job_id": "other", "worker_id": "worker-1"}, wire.REASON_JOB, "got job_id=other"),
-    "name": ({"protocol_version": 1, "worker_id": "bad name!"}, wire.REASON_WORKER_ID, "got worker_id='bad name!'"),
+    "name": ({"protocol_version": 1, "worker_id": "bad name!"}, wire.REASON_NAME, "got worker_id='bad name!'"),
     "live": ({"protocol_version": 1, "worker_id": "worker-0"}, wire.REASON_WORKER_ID, "got worker_id=worker-0"),
 }
 
@@ -335,15 +338,15 @@ def test_one_worker_too_many_is_refused() -> None:
         with channel:
             extra = Coordination(channel, server.address, "worker-2", silent())
             with pytest.raises(
-                MismatchError, match=r"at most workers=2 in the view \(worker-0, worker-1\), got worker_id=worker-2"
+                PeerLostError, match=r"at most workers=2 in the view \(worker-0, worker-1\), got worker_id=worker-2"
             ):
-                extra.introduce(None)
+                extra.introduce(None, DEADLINE_S)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"parameter_digest": b"q" * 16}, "parameter_digest=7070.* as on worker-0, got parameter_digest=7171"),
+        ({"replica_digest": b"q" * 16}, "replica_digest=7070.* as on worker-0, got replica_digest=7171"),
         ({"round": 5}, "round=0 as on worker-0, got round=5"),
         ({"samples": 7}, "samples=100 as on worker-0, got samples=7"),
         ({"classes": "3 classes"}, "classes=10 classes as on worker-0, got classes=3 classes"),
@@ -354,11 +357,11 @@ def test_another_replica_is_refused_at_join_naming_both_values(change: dict[str,
     layout = plan_layout(TENSORS, spec)
     with running_server(spec) as server, ThreadPoolExecutor(1) as pool:
         first, coordination, _ = introduce(server.address, "worker-0")
-        waiting = pool.submit(coordination.get_ready, ready(layout))
+        waiting = pool.submit(coordination.get_ready, ready(layout), DEADLINE_S)
         second, other, _ = introduce(server.address, "worker-1")
         _wait_until_ready(server, "worker-0")
         with pytest.raises(MismatchError, match=text):
-            other.get_ready(ready(layout, **change))
+            other.get_ready(ready(layout, **change), DEADLINE_S)
         coordination.close()
         with contextlib.suppress(PeerLostError):
             waiting.result(DEADLINE_S)
@@ -370,11 +373,11 @@ def test_another_layout_is_refused_at_join() -> None:
     spec = job("workers=3")
     with running_server(spec) as server, ThreadPoolExecutor(1) as pool:
         first, coordination, _ = introduce(server.address, "worker-0")
-        waiting = pool.submit(coordination.get_ready, ready(plan_layout(TENSORS, spec)))
+        waiting = pool.submit(coordination.get_ready, ready(plan_layout(TENSORS, spec)), DEADLINE_S)
         second, other, _ = introduce(server.address, "worker-1")
         _wait_until_ready(server, "worker-0")
         with pytest.raises(MismatchError, match=r"layout_digest=[0-9a-f]{64} as on worker-0"):
-            other.get_ready(ready(plan_layout(TENSORS[1:], spec)))
+            other.get_ready(ready(plan_layout(TENSORS[1:], spec)), DEADLINE_S)
         coordination.close()
         with contextlib.suppress(PeerLostError):
             waiting.result(DEADLINE_S)
@@ -406,7 +409,7 @@ def test_the_view_that_does_not_fill_in_time_fails_saying_who_was_there() -> Non
         with pytest.raises(
             PeerLostError, match=r"expected 3 workers to be ready within 0\.5 s, got ready=1 \(joined: worker-0\)"
         ):
-            coordination.get_ready(ready(plan_layout(TENSORS, spec)))
+            coordination.get_ready(ready(plan_layout(TENSORS, spec)), DEADLINE_S)
         assert server.outcome.result(DEADLINE_S).exit_code == 75
         channel.close()
 
@@ -455,5 +458,5 @@ def test_several_servers_share_the_vector() -> None:
     spec = job("workers=1", "servers=3", "codec.name=none")
     with running_servers(spec) as servers, members(spec, servers[0].address) as joined:
         gradient = np.arange(joined[0].layout.d, dtype=np.float32)
-        joined[0].exchange.average(0, gradient, np.zeros(joined[0].layout.e, np.float32), b"d")
+        joined[0].exchange.average(0, gradient, np.zeros(joined[0].layout.e, np.float32), DIGEST)
     assert np.array_equal(gradient, np.arange(joined[0].layout.d, dtype=np.float32))

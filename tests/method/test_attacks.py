@@ -171,7 +171,7 @@ def test_robust_accuracy_agrees_with_foolbox_from_the_same_starts(trained_model:
     attack = make_attack(pgd(0.15, 10, 0.02))
     start = attack.start(images, generator())
 
-    class SameStart(foolbox.attacks.LinfPGD):
+    class SameStart(foolbox.attacks.LinfPGD):  # type: ignore[name-defined]
         def get_random_start(self, x0: object, epsilon: float) -> object:  # noqa: ARG002
             return foolbox.models.base.ep.astensor(start)
 

@@ -28,7 +28,7 @@ class CountsSamples(nn.Module):
 
 def perturbed_batch() -> tuple[Tensor, Tensor, Tensor]:
     images, labels = batch()
-    return images, (images + 0.3).clamp(0, 1), labels
+    return images, 1 - images, labels
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -63,13 +63,17 @@ def test_one_forward_pass_is_enough_and_without_lambda_clean_images_take_no_part
 
 
 def test_counts_of_correct_samples_are_those_of_separate_forward_passes() -> None:
-    images, perturbed, labels = perturbed_batch()
+    images, perturbed, _ = perturbed_batch()
     model = batch_norm_model().eval()
+    labels = model(images).argmax(1)
+    labels[:3] = (labels[:3] + 1) % 4
+    robust = int((model(perturbed).argmax(1) == labels).sum())
+    assert robust != 13
     cost = local_cost(ObjectiveSpec(clean_weight=1), model, images, perturbed, labels)
+    assert (cost.samples, int(cost.perturbed_correct)) == (16, robust)
     assert cost.clean_correct is not None
-    assert int(cost.clean_correct) == int((model(images).argmax(1) == labels).sum())
-    assert int(cost.perturbed_correct) == int((model(perturbed).argmax(1) == labels).sum())
-    assert cost.samples == 16
+    assert int(cost.clean_correct) == 13
+    assert int(local_cost(ObjectiveSpec(), model, images, perturbed, labels).perturbed_correct) == robust
     assert local_cost(ObjectiveSpec(), model, images, perturbed, labels).clean_correct is None
 
 

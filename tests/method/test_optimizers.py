@@ -118,6 +118,7 @@ def test_unfit_parameters_are_refused(build: Callable[[], nn.Module], message: s
 def test_sgd_is_bitwise_equal_to_that_of_pytorch(momentum: float, weight_decay: float, threads: int) -> None:
     spec = OptimizerSpec(name=OptimizerName.SGD, momentum=momentum, weight_decay=weight_decay)
     theta = vector(0)
+    theta[0] = -0.0
     parameters = [nn.Parameter(tensor) for tensor in tensors(theta)]
     theirs = torch.optim.SGD(parameters, lr=1.0, momentum=momentum, weight_decay=weight_decay, foreach=False)
     ours = Sgd(spec, layers_of())
@@ -125,6 +126,7 @@ def test_sgd_is_bitwise_equal_to_that_of_pytorch(momentum: float, weight_decay: 
     try:
         for round_ in range(8):
             gradient, rate = vector(100 + round_), 0.1 / (round_ + 1)
+            gradient[0] = -0.0
             for parameter, part in zip(parameters, tensors(gradient), strict=True):
                 parameter.grad = part
             theirs.param_groups[0]["lr"] = rate
@@ -147,12 +149,18 @@ def test_sgd_can_leave_one_dimensional_tensors_undecayed() -> None:
 
 
 def plain_lamb(
-    spec: OptimizerSpec, theta: list[Tensor], m: list[Tensor], v: list[Tensor], gradient: list[Tensor], t: int, eta: float
+    spec: OptimizerSpec,
+    theta: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    gradient: list[Tensor],
+    t: int,
+    eta: float,
 ) -> None:
     """Algorithm A2 tensor by tensor: the second, naive implementation."""
 
     def norm(tensor: Tensor) -> Tensor:
-        return torch.stack([piece.norm() for piece in tensor.flatten().split(PIECE)]).norm()
+        return torch.stack([piece.norm() for piece in torch.split(tensor.flatten(), PIECE)]).norm()
 
     for i, g in enumerate(gradient):
         exempt = theta[i].dim() <= 1
@@ -264,8 +272,8 @@ def test_tau_clips_the_norm_of_the_weights(norm: float, tau: float) -> None:
 
 
 def test_update_has_the_size_of_the_weights_whatever_the_size_of_the_gradient() -> None:
-    theta = vector(0, 100)
-    small, large = (first_step(theta, vector(1, 100) * size, ((100, 1),)) for size in (1e-6, 1e6))
+    theta = vector(0, 60)
+    small, large = (first_step(theta, vector(1, 60) * size, ((60, 1),)) for size in (1e-6, 1e6))
     torch.testing.assert_close(small, large)
     assert small.norm().item() == pytest.approx(theta.norm().item(), rel=1e-5)
 

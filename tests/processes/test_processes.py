@@ -186,14 +186,16 @@ def test_started_by_hand_a_server_that_freezes_ends_the_workers_with_75_within_t
             assert "is gone" in output
 
 
-def test_a_worker_that_dies_before_the_view_forms_leaves_its_place_to_another_and_too_few_end_with_75() -> None:
-    settings = (*LONG, "workers=2", "deadlines.join_s=12")
-    with server_and_workers(1, settings) as (server, (first,)):
-        read_until(server.stdout, event="joined", worker_id="worker-0")
-        os.kill(first.pid, signal.SIGKILL)
+def test_a_worker_that_dies_before_the_view_forms_frees_its_place_and_too_few_end_with_75() -> None:
+    settings = (*LONG, "workers=3", "deadlines.join_s=12")
+    with server_and_workers(2, settings) as (server, (first, second)):
+        read_until(server.stdout, event="joined", joined=2)
+        os.kill(second.pid, signal.SIGKILL)
         output, errors = server.communicate(timeout=WAIT_S)
-    assert server.returncode == 75
-    assert "expected 2 workers to be ready within 12 s, got ready=0 (joined: none)" in output
+        told, _ = first.communicate(timeout=WAIT_S)
+    text = "expected 3 workers to be ready within 12 s, got ready=1 (joined: worker-0)"
+    assert (server.returncode, text in output) == (75, True)
+    assert (first.returncode, text in told) == (75, True)
     assert "Traceback" not in errors
 
 

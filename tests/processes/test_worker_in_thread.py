@@ -180,8 +180,53 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused_with_65(trained: 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path) -> None:
     before = (trained / "rounds.jsonl").read_text()
     code, events = train_alone(trained)
-    assert (code, "expected a folder without a run" in error_of(events)) == (2, True)
+    assert (code, "expected a folder without rounds of another run" in error_of(events)) == (2, True)
     assert (trained / "rounds.jsonl").read_text() == before
+
+
+def test_the_same_command_succeeds_after_peers_that_did_not_come(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running_server(job("workers=2", "deadlines.join_s=0.5", *FAST)) as server:
+        assert work(server.address, out=out)[0] == 75
+    assert train_alone(out)[0] == 0
+    assert (out / "result.json").exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    assert train_alone(out, out)[0] == 0
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 11
+
+
+def test_a_resume_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("schedule.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=5")
+    assert train_alone(out, None, *settings)[0] == 0
+    before = json.loads((out / "result.json").read_text())["parameter_digest"]
+    checkpoints = out / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["round-000011", "round-000022", "round-000033"]
+    (checkpoints / "round-000022" / "marker").touch()
+    code, _ = train_alone(out, checkpoints / "round-000011", *settings)
+    assert code == 0
+    assert json.loads((out / "result.json").read_text())["parameter_digest"] == before
+    assert not (checkpoints / "round-000022" / "marker").exists()
+    assert [json.loads(line)["round"] for line in (out / "rounds.jsonl").read_text().splitlines()] == [*range(1, 34)]
+
+
+def test_a_folder_that_cannot_be_written_ends_the_worker_with_75_and_tells_the_others_why(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoints").write_text("in the way")
+    spec = job("workers=2", "schedule.epochs=1", "data.batch_per_worker=128", *FAST)
+    with running_server(spec) as server, ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(work, server.address, f"worker-{n}", out=out if n == 0 else None) for n in range(2)]
+        (own, own_events), (other, other_events) = [future.result(TRAINING_S) for future in done]
+        outcome = server.outcome.result(DEADLINE_S)
+    assert (own, "expected a folder with room to write" in error_of(own_events)) == (75, True)
+    assert outcome.exit_code in (0, 75)
+    if other == 75:
+        assert "worker-0 failed: expected a folder with room to write" in error_of(other_events)
 
 
 def test_a_resume_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -195,7 +240,7 @@ def test_a_worker_with_a_name_that_is_live_is_refused_and_the_first_goes_on() ->
         first: Future[Any] = pool.submit(work, server.address, "worker-0")
         joined(server)
         code, events = work(server.address, "worker-0")
-        assert (code, "a worker_id that is not live, got worker_id=worker-0" in error_of(events)) == (76, True)
+        assert (code, "a worker_id that is not live, got worker_id=worker-0" in error_of(events)) == (75, True)
         assert work(server.address, "worker-1")[0] == 0
         assert first.result(TRAINING_S)[0] == 0
 

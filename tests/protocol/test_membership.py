@@ -52,7 +52,7 @@ def ready(connection: int, samples: int = 1000) -> Ready:
     return Ready(
         connection=connection,
         layout_digest=b"\x0a",
-        parameter_digest=b"\x0b",
+        replica_digest=b"\x0b",
         round=0,
         samples=samples,
         classes="10:abcd",
@@ -126,7 +126,7 @@ def test_other_protocol_version_or_job_is_refused_naming_both(event: Event, why:
 def test_worker_id_that_is_no_name_is_refused(worker_id: str) -> None:
     """Rule 2, and names become file names of logs."""
     why, text = refusal(run(machine(), introduced(0, worker_id)))
-    assert why is WhyNot.WORKER_ID
+    assert why is WhyNot.NAME
     assert text.startswith("expected a worker_id of 1 to 63 letters, digits, '.', '_' or '-', got worker_id='")
 
 
@@ -154,9 +154,9 @@ def test_one_worker_too_many_is_refused_naming_who_is_there() -> None:
     [
         ({"layout_digest": b"\xff"}, WhyNot.LAYOUT, "expected layout_digest=0a as on a, got layout_digest=ff"),
         (
-            {"parameter_digest": b"\xff"},
+            {"replica_digest": b"\xff"},
             WhyNot.PARAMETERS,
-            "expected parameter_digest=0b as on a, got parameter_digest=ff",
+            "expected replica_digest=0b as on a, got replica_digest=ff",
         ),
         ({"round": 4}, WhyNot.ROUND, "expected round=0 as on a, got round=4"),
         ({"classes": "9:ab"}, WhyNot.DATA, "expected classes=10:abcd as on a, got classes=9:ab"),
@@ -177,7 +177,7 @@ def test_other_layout_is_told_before_the_parameters_that_follow_from_it() -> Non
     """Rule 2: of several differences the first cause is named."""
     membership = machine()
     run(membership, introduced(0, "a"), introduced(1, "b"), ready(0))
-    event = replace(ready(1), layout_digest=b"\x01", parameter_digest=b"\x02", samples=3)
+    event = replace(ready(1), layout_digest=b"\x01", replica_digest=b"\x02", samples=3)
     assert refusal(run(membership, event))[0] is WhyNot.LAYOUT
 
 
@@ -198,7 +198,14 @@ def test_view_forms_when_all_are_ready_and_not_before() -> None:
     membership = machine()
     assert FormView not in map(type, run(membership, introduced(3, "b"), ready(3), introduced(4, "a")))
     assert not membership.formed
-    expected = FormView(view=1, worker_ids=("a", "b"), connections=(4, 3), samples=(1000, 1000), round=0)
+    expected = FormView(
+        view=1,
+        worker_ids=("a", "b"),
+        connections=(4, 3),
+        samples=(1000, 1000),
+        layout_digest=b"\x0a",
+        round=0,
+    )
     assert run(membership, ready(4)) == [expected]
     assert membership.formed
 
@@ -247,24 +254,31 @@ def test_second_readiness_does_not_form_the_view_again() -> None:
 # Rule 4: before the view
 
 
-@pytest.mark.parametrize("gone", [ConnectionLost(connection=0), Left(worker_id="a", ending=Ending.FAILED, text="x")])
-def test_worker_that_goes_before_the_view_frees_its_place(gone: Event) -> None:
+def test_worker_that_goes_before_the_view_frees_its_place() -> None:
     """Rule 4: "a worker that goes frees its place", also one that was ready, and nobody is told of a failure."""
     membership = machine()
     run(membership, introduced(0, "a"), ready(0), introduced(1, "b"))
-    assert run(membership, gone) == []
+    assert run(membership, ConnectionLost(connection=0)) == []
     assert membership.worker_ids == ("b",)
     effects = run(membership, introduced(2, "c"), ready(1), ready(2))
     assert isinstance(effects[-1], FormView)
     assert effects[-1].worker_ids == ("b", "c")
 
 
-def test_readiness_of_a_worker_that_has_left_changes_nothing() -> None:
-    """Rule 4: it has no place any more; its Join stream may still be open."""
+def test_readiness_after_the_place_is_lost_changes_nothing() -> None:
+    """Rule 4."""
     membership = machine(workers=1)
-    run(membership, introduced(0, "a"), Left(worker_id="a", ending=Ending.STOPPED))
+    run(membership, introduced(0, "a"), ConnectionLost(connection=0))
     assert run(membership, ready(0)) == []
     assert not membership.formed
+
+
+def test_leave_before_the_view_changes_nothing() -> None:
+    """Rule 5 begins with the view; before it the connection alone says who is there."""
+    membership = machine(workers=2)
+    run(membership, introduced(0, "a"))
+    assert run(membership, Left(worker_id="a", ending=Ending.STOPPED)) == []
+    assert membership.worker_ids == ("a",)
 
 
 def test_loss_of_a_connection_that_has_no_place_is_no_loss() -> None:
@@ -291,13 +305,15 @@ def test_server_waits_for_its_first_worker_without_a_deadline() -> None:
     assert run(membership, Tick(), now_s=1e6) == []
 
 
-def test_deadline_holds_also_if_all_have_gone_again() -> None:
-    """Rule 4: "after the first introduction"."""
+def test_clock_stands_still_while_nobody_is_there() -> None:
+    """Rule 4: a worker that looked in and went has not started everybody's deadline."""
     membership = machine()
     run(membership, introduced(0, "a"), ConnectionLost(connection=0), now_s=100.0)
-    (failed,) = run(membership, Tick(), now_s=161.0)
+    assert run(membership, Tick(), now_s=161.0) == []
+    run(membership, introduced(1, "b"), now_s=170.0)
+    assert not any(isinstance(effect, Fail) for effect in run(membership, Tick(), now_s=230.0))
+    (failed,) = run(membership, Tick(), now_s=231.0)
     assert isinstance(failed, Fail)
-    assert failed.text.endswith("got ready=0 (joined: none)")
 
 
 def test_waiting_for_workers_is_reported_every_report_s() -> None:
@@ -353,6 +369,23 @@ def test_job_is_finished_when_all_have_left(first: Ending, second: Ending, expec
 def test_leave_of_a_stranger_changes_nothing() -> None:
     """Rule 5: it has no part that could end."""
     assert run(formed(), Left(worker_id="zoe", ending=Ending.FAILED, text="x")) == []
+
+
+def test_worker_whose_final_state_differs_fails_the_job_and_both_are_named() -> None:
+    """Rule 5."""
+    membership = formed()
+    assert run(membership, Left(worker_id="b", ending=Ending.COMPLETED, replica_digest=b"\x01")) == []
+    text = "the replicas differ: expected replica_digest=01 as on b, got replica_digest=02 (a, at the end)"
+    assert run(membership, Left(worker_id="a", ending=Ending.COMPLETED, replica_digest=b"\x02")) == [
+        Fail(text=text, worker_ids=("b", "a"), retry=False)
+    ]
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_worker_that_was_told_of_a_failure_passes_it_on_and_is_not_named(retry: bool) -> None:
+    """Rule 5."""
+    left = Left(worker_id="a", ending=Ending.ABORTED, text="b is gone", retry=retry)
+    assert run(formed(), left) == [Fail(text="b is gone", worker_ids=(), retry=retry)]
 
 
 def test_worker_that_has_left_is_not_live_but_its_view_is_full() -> None:

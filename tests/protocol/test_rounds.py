@@ -363,6 +363,13 @@ def test_worker_that_ends_with_a_failure_fails_the_job_with_its_text() -> None:
     assert failed == Fail(text="bob failed: disk full", worker_indices=(1,), retry=True)
 
 
+@pytest.mark.parametrize("retry", [True, False])
+def test_worker_that_was_told_of_a_failure_passes_it_on_and_is_not_named(retry: bool) -> None:
+    """Rule 8."""
+    said = GoodbyeReceived(worker_index=1, ending=Ending.ABORTED, text="ann is gone", retry=retry)
+    assert run(machine(), said) == [Fail(text="ann is gone", worker_indices=(), retry=retry)]
+
+
 def test_worker_that_says_goodbye_while_a_round_needs_it_fails_the_job() -> None:
     """Rule 8."""
     rounds = machine()

@@ -19,7 +19,7 @@ from worker.attacks import make_attack
 from worker.data import BatchPlan, Dataset
 from worker.datasets import load_dataset
 from worker.evaluation import Evaluation
-from worker.exchange.coordination import connect
+from worker.exchange.coordination import End, connect
 from worker.exchange.ps import ParameterServerExchange
 from worker.metrics import RoundMetrics
 from worker.models import build_model
@@ -86,7 +86,7 @@ def train_one(
     prepare(model)
     replica = Replica(model, spec.optimizer)
     layout = plan_layout(replica.tensors, spec)
-    admission = coordination.get_ready(ready(layout, parameter_digest=replica.full_digest()))
+    admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
     channels = [channel, *(connect(shard, 10.0, 10.0) for shard in admission.shard_addresses[1:])]
     exchange = ParameterServerExchange(
         layout=layout, spec=spec, admission=admission, channels=channels, first_round=0, emit=silent()
@@ -105,8 +105,9 @@ def train_one(
     )
     trainer.rounds = rounds
     trainer.run()
-    exchange.close(wire.ENDING_COMPLETED)
-    coordination.leave(wire.ENDING_COMPLETED)
+    end = End(ending=wire.ENDING_COMPLETED)
+    exchange.close(end)
+    coordination.leave(end, replica.replica_digest())
     for opened in channels:
         opened.close()
     return replica, recording
@@ -225,7 +226,7 @@ def test_four_workers_without_codec_are_one_process_on_the_union_batch(model: st
     four = job("workers=4", "data.batch_per_worker=16", *common)
     replicas = [replica for replica, _ in train(four, rounds, freeze_batch_norm)]
     ((one, _),) = train(job("workers=1", "data.batch_per_worker=64", *common), rounds, freeze_batch_norm)
-    assert len({replica.full_digest() for replica in replicas}) == 1
+    assert len({replica.replica_digest() for replica in replicas}) == 1
     ours, union = replicas[0].parameters.theta, one.parameters.theta
     assert float((ours - union).norm() / union.norm()) < 1e-6
     start = build_start(four)
@@ -255,7 +256,7 @@ def test_replicas_stay_bitwise_equal_and_a_second_run_gives_the_same_parameters(
     settings = ("workers=3", "servers=2", "data.batch_per_worker=8", "model.name=resnet8", "model.width=4")
     spec = job(*settings, "exchange.bucket_bytes=1024", *ATTACK, *codec)
     first, second = train(spec, 3), train(spec, 3)
-    digests = {replica.full_digest() for replica, _ in [*first, *second]}
+    digests = {replica.replica_digest() for replica, _ in [*first, *second]}
     assert len(digests) == 1
     by_round = [tuple(report.parameter_digest for report in recording.reports) for _, recording in [*first, *second]]
     assert len(set(by_round)) == 1
@@ -301,7 +302,7 @@ def test_a_worker_that_is_asked_to_stop_stops_all_of_them_after_the_same_round()
         channel, coordination, _ = introduce(address, f"worker-{number}")
         replica = Replica(model_for(spec, dataset), spec.optimizer)
         layout = plan_layout(replica.tensors, spec)
-        admission = coordination.get_ready(ready(layout, parameter_digest=replica.full_digest()))
+        admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
         exchange = ParameterServerExchange(
             layout=layout, spec=spec, admission=admission, channels=[channel], first_round=0, emit=silent()
         )
@@ -319,8 +320,9 @@ def test_a_worker_that_is_asked_to_stop_stops_all_of_them_after_the_same_round()
         )
         assert trainer.run() is False
         assert recording.saved == [3]
-        exchange.close(wire.ENDING_STOPPED)
-        coordination.leave(wire.ENDING_STOPPED)
+        end = End(ending=wire.ENDING_STOPPED)
+        exchange.close(end)
+        coordination.leave(end, replica.replica_digest())
         channel.close()
         return trainer.round
 

@@ -24,9 +24,11 @@ from common.wire import rpc
 from common.wire.v1 import ps_pb2 as wire
 from worker import session as s
 from worker.exchange.base import Traffic
-from worker.exchange.coordination import Admission, status_text, tensor_messages
+from worker.exchange.coordination import Admission, End, status_text, tensor_messages
 
 FAREWELL_S = 5.0
+GRACE_S = 10.0
+"""What a server gets beyond its own deadline, which knows whom it waits for, before we give it up."""
 
 
 class _ShardStream:
@@ -80,7 +82,7 @@ class ParameterServerExchange:
         self._failure: DatpsError | None = None
         self._closing = False
         self._kept: dict[tuple[int, int], Encoded] = {}
-        self._decoded = 0
+        self._awaited: set[int] = set()
         self._pushed_bytes = self._pulled_bytes = 0
         self._digest = b""
         self._gradient = self._state = np.empty(0, np.float32)
@@ -107,7 +109,8 @@ class ParameterServerExchange:
             self._raise_failure()
             self._session.handle(s.BeginRound(round=round_))
             self._gradient, self._state, self._digest = gradient, state, parameter_digest
-            self._decoded = self._pushed_bytes = self._pulled_bytes = 0
+            self._pushed_bytes = self._pulled_bytes = 0
+            self._awaited = {bucket.number for bucket in self._layout.buckets}
         key = RandomKey(seed=self._spec.seed, round=round_, source=self._admission.worker_index)
         measured = self._measure(gradient, round_)
         for bucket in self._layout.buckets:
@@ -117,7 +120,9 @@ class ParameterServerExchange:
                 self._kept[round_, bucket.number] = encoded
                 self._perform(self._session.handle(s.BucketEncoded(bucket=bucket.number)))
         with self._condition:
-            self._condition.wait_for(lambda: self._failure or self._decoded == len(self._layout.buckets))
+            deadline_s = self._spec.deadlines.round_s + GRACE_S
+            if not self._condition.wait_for(lambda: self._failure or not self._awaited, timeout=deadline_s):
+                self._set_failure(self._silence(deadline_s, round_))
             self._raise_failure()
             return Traffic(
                 pushed_bytes=self._pushed_bytes,
@@ -130,12 +135,13 @@ class ParameterServerExchange:
         with self._condition:
             self._perform(self._session.handle(s.Aborted(text=text, retry=retry)))
 
-    def close(self, ending: wire.Ending, text: str = "") -> None:
+    def close(self, end: End) -> None:
         """Says Goodbye to all shards and waits, not for long, until they have heard it."""
         with self._condition:
             self._closing = True
         for stream in self._streams:
-            stream.put(wire.WorkerMessage(goodbye=wire.Goodbye(ending=ending, text=text)))
+            goodbye = wire.Goodbye(ending=end.ending, text=end.text, retry=end.retry)
+            stream.put(wire.WorkerMessage(goodbye=goodbye))
             stream.end()
         deadline_s = time.monotonic() + FAREWELL_S
         for stream in self._streams:
@@ -233,6 +239,10 @@ class ParameterServerExchange:
             with self._condition:
                 self._set_failure(error)
             return
+        except Exception as error:
+            with self._condition:
+                self._set_failure(PeerLostError(f"defect in the reader of {name}: {error!r}"))
+            raise
         with self._condition:
             if not self._closing:
                 self._perform(self._session.handle(s.ShardLost(shard=stream.shard, text=text)))
@@ -272,7 +282,7 @@ class ParameterServerExchange:
             return
         codec.decode(encoded, bucket.start, self._values(bucket), add=False)
         with self._condition:
-            self._decoded += 1
+            self._awaited.discard(average.bucket)
             self._pulled_bytes += size_bytes
             self._condition.notify_all()
 
@@ -293,6 +303,11 @@ class ParameterServerExchange:
         except CodecError as error:
             raise MismatchError(f"{error} ({where})") from None
         return bucket, encoded, codec
+
+    def _silence(self, waited_s: float, round_: int) -> PeerLostError:
+        shards = sorted({self._layout.buckets[number].shard for number in self._awaited})
+        names = ", ".join(f"{self._streams[shard].address} (shard {shard})" for shard in shards)
+        return PeerLostError(f"no average of round {round_} within {waited_s:g} s from {names}")
 
     def _set_failure(self, error: DatpsError) -> None:
         if self._failure is None:

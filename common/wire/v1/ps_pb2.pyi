@@ -24,6 +24,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_MALFORMED: _ClassVar[Reason]
     REASON_DATA: _ClassVar[Reason]
     REASON_INCARNATION: _ClassVar[Reason]
+    REASON_NAME: _ClassVar[Reason]
 
 class Ending(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ class Ending(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENDING_COMPLETED: _ClassVar[Ending]
     ENDING_STOPPED: _ClassVar[Ending]
     ENDING_FAILED: _ClassVar[Ending]
+    ENDING_ABORTED: _ClassVar[Ending]
 REASON_UNSPECIFIED: Reason
 REASON_PROTOCOL_VERSION: Reason
 REASON_JOB: Reason
@@ -46,10 +48,12 @@ REASON_CONTENT: Reason
 REASON_MALFORMED: Reason
 REASON_DATA: Reason
 REASON_INCARNATION: Reason
+REASON_NAME: Reason
 ENDING_UNSPECIFIED: Ending
 ENDING_COMPLETED: Ending
 ENDING_STOPPED: Ending
 ENDING_FAILED: Ending
+ENDING_ABORTED: Ending
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "text", "round", "bucket")
@@ -104,20 +108,18 @@ class Introduction(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class Readiness(_message.Message):
-    __slots__ = ("tensors", "layout_digest", "parameter_digest", "round", "samples", "classes")
-    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("layout_digest", "replica_digest", "round", "samples", "classes")
     LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    PARAMETER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
-    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     layout_digest: bytes
-    parameter_digest: bytes
+    replica_digest: bytes
     round: int
     samples: int
     classes: str
-    def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., parameter_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[str] = ...) -> None: ...
+    def __init__(self, layout_digest: _Optional[bytes] = ..., replica_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[str] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "shape", "buffer")
@@ -166,18 +168,22 @@ class Admission(_message.Message):
     def __init__(self, worker_index: _Optional[int] = ..., view: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., samples: _Optional[_Iterable[int]] = ..., shard_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("worker_id", "view", "incarnation", "ending", "text")
+    __slots__ = ("worker_id", "view", "incarnation", "ending", "text", "retry", "replica_digest")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENDING_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_DIGEST_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     view: int
     incarnation: int
     ending: Ending
     text: str
-    def __init__(self, worker_id: _Optional[str] = ..., view: _Optional[int] = ..., incarnation: _Optional[int] = ..., ending: _Optional[_Union[Ending, str]] = ..., text: _Optional[str] = ...) -> None: ...
+    retry: bool
+    replica_digest: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., view: _Optional[int] = ..., incarnation: _Optional[int] = ..., ending: _Optional[_Union[Ending, str]] = ..., text: _Optional[str] = ..., retry: bool = ..., replica_digest: _Optional[bytes] = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
     __slots__ = ()
@@ -240,12 +246,14 @@ class Contribution(_message.Message):
     def __init__(self, view: _Optional[int] = ..., round: _Optional[int] = ..., bucket: _Optional[int] = ..., codec: _Optional[str] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., parameter_digest: _Optional[bytes] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
-    __slots__ = ("ending", "text")
+    __slots__ = ("ending", "text", "retry")
     ENDING_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_FIELD_NUMBER: _ClassVar[int]
     ending: Ending
     text: str
-    def __init__(self, ending: _Optional[_Union[Ending, str]] = ..., text: _Optional[str] = ...) -> None: ...
+    retry: bool
+    def __init__(self, ending: _Optional[_Union[Ending, str]] = ..., text: _Optional[str] = ..., retry: bool = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("welcome", "average", "waiting", "refusal", "abort", "stop")
