@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from common.config import JobSpec
+from common.config import JobSpec, Split
 from worker.attacks import make_attack
 from worker.data import BatchPlan, Dataset, augment
 from worker.evaluation import Evaluation, evaluate
@@ -191,14 +191,17 @@ class Trainer:
         """This worker's share of the evaluation of the parameters before this round, if one is due."""
         if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs):
             return None
+        shared = (
+            self.spec.data.split is Split.SHARED
+        )  # otherwise everyone has test data of its own, all of it its share
         return evaluate(
             self.replica.model,
             self._dataset.test,
             self.spec.evaluation_attack,
             batch=self.spec.evaluation.batch,
             seed=self.spec.seed,
-            worker_index=self._worker_index,
-            workers=self.spec.workers,
+            worker_index=self._worker_index if shared else 0,
+            workers=self.spec.workers if shared else 1,
             device=self._device,
         )
 

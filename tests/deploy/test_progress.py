@@ -30,7 +30,7 @@ ADMITTED = [
     *(
         {
             "event": "admitted", "process": f"worker-{index}", "worker_index": index, "workers": 2, "view": 1,
-            "parameters": 85066, "rounds": 4, "device": "cpu", "model": "small_cnn", "data": "digits",
+            "parameters": 75242, "rounds": 4, "device": "cpu", "model": "small_cnn", "data": "digits",
         }
         for index in range(2)
     ),
