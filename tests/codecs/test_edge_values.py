@@ -100,7 +100,7 @@ def test_a_value_that_would_round_to_infinity_is_refused(name: str, fits: float,
     for bad in (too_large, -too_large):
         values[5] = bad
         with pytest.raises(
-            CodecError, match=rf"within the range of {name}, got element 5={np.float32(bad)}".replace("+", r"\+")
+            CodecError, match=rf"within the range of {name}, got element 5={np.float32(bad)!s}".replace("+", r"\+")
         ):
             codec.encode(values, 0, KEY)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -49,21 +48,16 @@ class Recording:
         self.saved.append(round_)
 
 
-BUILDING = threading.Lock()
-"""Initialization borrows the process's random generator; workers are processes, only here they are threads."""
-
-
 def model_for(spec: JobSpec, dataset: Dataset) -> nn.Module:
-    with BUILDING:
-        return build_model(
-            spec.model,
-            in_channels=dataset.in_channels,
-            image_size=dataset.image_size,
-            classes=len(dataset.classes),
-            mean=dataset.mean,
-            std=dataset.std,
-            seed=spec.seed,
-        )
+    return build_model(
+        spec.model,
+        in_channels=dataset.in_channels,
+        image_size=dataset.image_size,
+        classes=len(dataset.classes),
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=spec.seed,
+    )
 
 
 def plan_for(spec: JobSpec, dataset: Dataset) -> BatchPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,10 @@ _WIDTHS = {
 """Default width of the families that take one."""
 
 
+_LENDING = threading.Lock()
+"""The CPU's global generator can be lent to one model at a time."""
+
+
 def build_model(
     spec: ModelSpec,
     *,
@@ -57,7 +62,7 @@ def build_model(
     _refuse_unfit(spec, in_channels=in_channels, image_size=image_size)
     width = spec.width if spec.width is not None else _WIDTHS.get(spec.name, 0)
     # layers draw their weights from the CPU's global generator: lend it to them, and seed it alone
-    with torch.random.fork_rng(devices=[]):
+    with _LENDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, Purpose.PARAMETERS))
         network = _network(spec.name, in_channels=in_channels, image_size=image_size, classes=classes, width=width)
     return nn.Sequential(Normalize(mean, std), network)
