@@ -22,7 +22,7 @@ SMALL = (
     *("attack.epsilon=0.2", "attack.steps=2", "attack.step_size=0.1", "evaluation.attack.steps=2"),
     *("codec.two_sided=true", "checkpoint.every_epochs=0"),
 )
-LONG = (*SMALL, "schedule.epochs=1000", "deadlines.keepalive_s=1", "deadlines.report_s=1")
+LONG = (*SMALL, "schedule.epochs=1000", "deadlines.keepalive_s=3", "deadlines.report_s=1")
 WAIT_S = 60.0
 
 
