@@ -52,11 +52,12 @@ clean:  ## remove the virtual environments and caches, not the runs
 	rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+$(VENV)/.created:
 	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
 
-$(VENV)/.package: pyproject.toml | $(BIN)/python
+$(VENV)/.package: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from common.config import JobSpec
-from common.errors import DatpsError
+from common.errors import DatpsError, refusal
 from common.spec_sources import load_job_spec
 from deploy import recipes, runs
 from deploy.cluster import DatpsCommands, LocalCluster, threads_per_worker
@@ -55,13 +55,14 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Trains `recipe` for every codec and seed and prints the comparison."""
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise typer.BadParameter(refusal("whole numbers, separated by commas", "seeds", seeds)) from None
     folder = keep or Path(tempfile.mkdtemp(prefix="datps-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        rows = [
-            _row(name, settings, recipe, [int(seed) for seed in seeds.split(",")], set_ or [], folder)
-            for name, settings in VARIANTS.items()
-        ]
+        rows = [_row(name, settings, recipe, numbers, set_ or [], folder) for name, settings in VARIANTS.items()]
     except DatpsError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Self
@@ -26,8 +27,8 @@ from pydantic import (
 
 from common.errors import refusal
 
-ENVIRONMENT_PREFIX = "DATPS_"
-_NESTED = "__"
+WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
 MAXIMAL_BLOCK = 1 << 19
 """Elements; a bucket holds at least one block, and as float32 it must stay below gRPC's 4 MiB receive limit."""
 

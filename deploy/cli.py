@@ -256,7 +256,15 @@ def evaluate(
     with _errors(as_json, "evaluate"):
         from worker.daemon import evaluate_checkpoint
 
-        result = evaluate_checkpoint(checkpoint, settings=settings or [], data=data, device=device, threads=threads)
+        result = evaluate_checkpoint(
+            checkpoint,
+            settings=settings or [],
+            data=data,
+            device=device,
+            threads=threads,
+            environment=os.environ,
+            reserved=RESERVED,
+        )
         if as_json:
             typer.echo(json.dumps(result))
         else:

@@ -21,7 +21,7 @@ RUNS = Path("runs")
 LATEST = "latest"
 JOB, RESULT, LOGS, BASELINE = "job.yaml", "result.json", "logs", "baseline"
 _CHECKPOINTS = "checkpoints"
-_CHECKPOINT = re.compile(r"round-\d+")
+_CHECKPOINT = re.compile(r"round-\d{6,}")
 
 
 def new_run_folder(title: str, out: Path | None, now: datetime) -> Path:
@@ -48,7 +48,10 @@ def point_latest_to(folder: Path) -> None:
     temporary = RUNS / f".{LATEST}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder.name, target_is_directory=True)
-    temporary.replace(RUNS / LATEST)
+    try:
+        temporary.replace(RUNS / LATEST)
+    except IsADirectoryError:  # somebody's own folder: it stays
+        temporary.unlink()
 
 
 def without_links(folder: Path) -> Path:
@@ -71,8 +74,8 @@ def read_job(folder: Path) -> tuple[JobSpec, str]:
     path = folder / JOB
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(refusal(f"a run folder with {JOB}", "resume", folder, error.strerror or "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(refusal(f"a run folder with {JOB}", "resume", folder, str(error))) from None
     first = text.partition("\n")[0]
     title = first.removeprefix("#").strip() if first.startswith("#") else folder.resolve().name
     return load_job_spec(yaml_text=text, yaml_name=str(path)), title
@@ -97,8 +100,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpecError(refusal("a whole result", "path", path, str(error))) from None
-    if not isinstance(result, dict):
-        raise SpecError(refusal("a JSON object", "path", path))
+    if not isinstance(result, dict) or not {"clean_accuracy", "robust_accuracy", "rounds"} <= set(result):
+        raise SpecError(refusal("a whole result", "path", path, "accuracies are missing"))
     return result
 
 

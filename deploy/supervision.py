@@ -260,7 +260,7 @@ class Supervisor:
         if self._stop_s is None or (worker and worker.exit_code == EXIT_COMPLETE):
             return Outcome(exit_code=EXIT_COMPLETE, text="complete")
         if worker and worker.exit_code not in STOPPED:
-            text = f"worker-0 did not stop within {self._patience.stop_s:g} s: the last rounds are not saved"
+            text = f"worker-0 did not stop within {self._patience.stop_s:g} s and was ended"
             return Outcome(exit_code=EXIT_RETRY, text=text, process=worker.name)
         return Outcome(exit_code=code, text="stopped")
 

@@ -23,10 +23,9 @@ import re
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from common.config import WORKER_ID, WORKER_ID_RULE
 from common.errors import refusal
 from ps.rounds import Ending
-
-WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class WhyNot(Enum):
@@ -220,8 +219,7 @@ class Membership:
         if event.job_id not in ("", config.job_id):
             return WhyNot.JOB, refusal(f"job_id={config.job_id}", "job_id", event.job_id, who)
         if not WORKER_ID.fullmatch(event.worker_id):
-            rule = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
-            return WhyNot.NAME, refusal(rule, "worker_id", repr(event.worker_id[:80]))
+            return WhyNot.NAME, refusal(WORKER_ID_RULE, "worker_id", repr(event.worker_id[:80]))
         if event.worker_id in self._members and event.worker_id not in self._endings:
             return WhyNot.WORKER_ID, refusal("a worker_id that is not live", "worker_id", event.worker_id)
         if self.formed or len(self._members) >= config.workers:

@@ -43,6 +43,7 @@ class Checkpoint:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    data: str
     tensors: Mapping[str, Tensor]
 
 
@@ -128,6 +129,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             path=path,
             spec=job_spec_from_json(json.dumps(description["spec"])),
             tensors=load_file(path / TENSORS),
+            data=str(description["data"]),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),
             **{name: int(description[name]) for name in ("round", "rounds", "classes", "in_channels", "image_size")},

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common.config import JobSpec
+from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec
 from common.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -36,7 +35,7 @@ from worker.evaluation import evaluate
 from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
 from worker.exchange.ps import GRACE_S, ParameterServerExchange
 from worker.models import build_model
-from worker.record import RunFolder, RunRecorder, accuracies
+from worker.record import RunFolder, RunRecorder, accuracies, describe_data
 from worker.replica import Replica, load_model
 from worker.trainer import Trainer
 
@@ -71,6 +70,13 @@ class WorkerOptions:
     out: Path | None = None
     resume: Path | None = None
     connect_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not WORKER_ID.fullmatch(self.worker_id):
+            raise SpecError(refusal(WORKER_ID_RULE, "worker_id", repr(self.worker_id)))
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise SpecError(refusal("host:port", "server", repr(self.server)))
 
 
 class Stopped(BaseException):
@@ -157,19 +163,38 @@ def run(options: WorkerOptions, emit: Emitter) -> int:
 
 
 def evaluate_checkpoint(
-    path: Path, *, settings: Sequence[str], data: Path | None, device: str, threads: int | None
+    path: Path,
+    *,
+    settings: Sequence[str],
+    data: Path | None,
+    device: str,
+    threads: int | None,
+    environment: Mapping[str, str] | None = None,
+    reserved: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """TA and RA of a checkpoint, on its job's test data and with its evaluation attack unless `settings` say otherwise.
+    """TA and RA of a checkpoint, on its job's test data and with its evaluation attack unless settings say otherwise.
+
+    `settings`, `environment` and `reserved` are those of `load_job_spec`.
 
     Raises:
-        SpecError: no checkpoint there, a bad setting or device.
+        SpecError: no checkpoint there, a bad setting or device, another model, or data that the model was not made for.
         CheckpointError: the checkpoint is damaged.
         DataError: the test data is missing.
     """
     checkpoint = load_checkpoint(find_checkpoint(path))
-    spec = load_job_spec(yaml_text=checkpoint.spec.to_yaml(), yaml_name=str(checkpoint.path), settings=settings)
+    spec = load_job_spec(
+        yaml_text=checkpoint.spec.to_yaml(),
+        yaml_name=str(checkpoint.path),
+        environment=environment,
+        settings=settings,
+        reserved=reserved,
+    )
+    if spec.model != checkpoint.spec.model:
+        rule = f"the checkpoint's model ({checkpoint.spec.model.name}, width={checkpoint.spec.model.width})"
+        raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
     target = _device(device, threads)
     dataset = load_dataset(spec.data, root=data)
+    _refuse_other_data(checkpoint, dataset)
     model = build_model(
         spec.model,
         in_channels=checkpoint.in_channels,
@@ -245,11 +270,12 @@ class _Job:
         self._dataset = load_dataset(spec.data, root=options.data, download=options.download)
         self._replica = Replica(_model(spec, self._dataset).to(device), spec.optimizer)
         if checkpoint:
+            _refuse_other_data(checkpoint, self._dataset)
             self._replica.load_state(checkpoint.tensors)
         self._layout = plan_layout(self._replica.tensors, spec)
         self._folder = None
         if options.out:
-            self._folder = RunFolder(options.out, resumed=checkpoint)
+            self._folder = RunFolder(options.out, resumed=checkpoint, anew=options.resume is not None)
         self._recorder: RunRecorder | None = None
 
     def take_part(self, coordination: Coordination, stack: ExitStack) -> bool:
@@ -284,7 +310,7 @@ class _Job:
             replica_digest=self._replica.replica_digest(),
             round=self.round,
             samples=len(self._dataset.train.labels),
-            classes=_describe_classes(self._dataset),
+            classes=describe_data(self._dataset),
         )
 
     def _open_exchange(self, admission: Admission, relay: AbortRelay, stack: ExitStack) -> ParameterServerExchange:
@@ -306,14 +332,17 @@ class _Job:
         """Runs all rounds; from here on a signal waits for the round's end."""
         trainer = self._trainer(exchange, admission)
         if self._folder:
-            self._folder.begin()
+            self._folder.begin(self._spec)
         self._stop.training = True
         complete = trainer.run()
         self.round = trainer.round
         return complete
 
     def finish(self) -> None:
-        """Evaluates the trained model on the whole test set, if there is a run folder to say so in."""
+        """Evaluates the trained model on this worker's whole test data, if there is a run folder to say so in.
+
+        A first signal does not interrupt it: the training is complete, and only the result is missing.
+        """
         if not self._folder or not self._recorder:
             return
         evaluation = evaluate(
@@ -376,10 +405,11 @@ def _model(spec: JobSpec, dataset: Dataset) -> torch.nn.Module:
     )
 
 
-def _describe_classes(dataset: Dataset) -> str:
-    """How many classes, and a digest of their names: workers must agree on both."""
-    digest = hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest()[:16]
-    return f"{len(dataset.classes)} classes, sha256 {digest}"
+def _refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """A checkpoint says what data its model is made for."""
+    ours = describe_data(dataset)
+    if ours != checkpoint.data:
+        raise SpecError(refusal(f"data of the checkpoint ({checkpoint.data})", "data", ours, str(checkpoint.path)))
 
 
 def _device(name: str, threads: int | None) -> torch.device:
@@ -392,6 +422,8 @@ def _device(name: str, threads: int | None) -> torch.device:
     torch.backends.cudnn.deterministic = True
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise SpecError(refusal("cpu or cuda", "device", name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]

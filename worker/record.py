@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.config import JobSpec
 from common.errors import SpecError, StorageError, refusal
@@ -21,19 +24,20 @@ from worker.evaluation import Evaluation
 from worker.replica import Replica
 from worker.trainer import RoundReport
 
-ROUNDS, RESULT, CHECKPOINTS = "rounds.jsonl", "result.json", "checkpoints"
+JOB, ROUNDS, RESULT, CHECKPOINTS = "job.yaml", "rounds.jsonl", "result.json", "checkpoints"
 _SUMS = ("attack_s", "compute_s", "communication_s", "evaluation_s", "round_s", "pushed_bytes", "pulled_bytes")
 
 
 class RunFolder:
     """The files of one worker's run."""
 
-    def __init__(self, path: Path, *, resumed: Checkpoint | None) -> None:
+    def __init__(self, path: Path, *, resumed: Checkpoint | None, anew: bool = False) -> None:
         """Changes nothing yet.
 
         Args:
             path: the run folder; created by `begin` if absent.
             resumed: the checkpoint that the run goes on from; None for a new run.
+            anew: a run that ended here before its first checkpoint may be started anew.
 
         Raises:
             SpecError: the folder holds rounds of another run.
@@ -43,20 +47,22 @@ class RunFolder:
         self._resumed_round = resumed.round if resumed else 0
         own = resumed is not None and resumed.path.resolve().parent == (path / CHECKPOINTS).resolve()
         lines = self._lines()
-        if lines and not own:
+        if lines and not own and not (anew and resumed is None):
             rule = "a folder without rounds of another run (or --resume)"
             raise SpecError(refusal(rule, "out", path, f"{ROUNDS} has {len(lines)}"))
         self._kept = [line for line in lines if line["round"] <= self._resumed_round]
         self.seconds_before = sum(line["round_s"] for line in self._kept)
 
-    def begin(self) -> None:
-        """Makes the folder, and forgets what came after the checkpoint that the run goes on from.
+    def begin(self, spec: JobSpec) -> None:
+        """Makes the folder, and job.yaml if there is none; forgets what came after the checkpoint that is resumed.
 
         Raises:
             StorageError: the folder cannot be written.
         """
         with _storing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / JOB).exists():
+                self._replace(self.path / JOB, spec.to_yaml())
             self._replace(self._rounds, "".join(json.dumps(line) + "\n" for line in self._kept))
             forget_after(self.path / CHECKPOINTS, self._resumed_round)
 
@@ -138,6 +144,7 @@ class RunRecorder:
             "round": round_,
             "rounds": self._rounds,
             "spec": self._spec.model_dump(mode="json"),
+            "data": describe_data(self._dataset),
             "classes": len(self._dataset.classes),
             "in_channels": self._dataset.in_channels,
             "image_size": self._dataset.image_size,
@@ -172,6 +179,8 @@ class RunRecorder:
             "communication_seconds": round(sums["communication_s"], 3),
             "evaluation_seconds": round(sums["evaluation_s"], 3),
             "parameter_digest": self._replica.parameter_digest().hex(),
+            "device": str(self._replica.parameters.theta.device),
+            "threads": torch.get_num_threads(),
             "versions": versions(),
         }
         self._folder.write_result(result)
@@ -181,6 +190,13 @@ class RunRecorder:
 def accuracies(evaluation: Evaluation) -> dict[str, float]:
     """TA and RA as fractions."""
     return {"clean_accuracy": evaluation.clean_accuracy, "robust_accuracy": evaluation.robust_accuracy}
+
+
+def describe_data(dataset: Dataset) -> str:
+    """What the workers of a job, or a model and its data, must agree on: size of the images, and the classes' names."""
+    digest = hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest()[:16]
+    size = f"{dataset.in_channels}x{dataset.image_size}x{dataset.image_size}"
+    return f"{size} pixels, {len(dataset.classes)} classes with sha256 {digest}"
 
 
 def versions() -> dict[str, str]:
@@ -199,9 +215,12 @@ def _storing(path: Path) -> Iterator[None]:
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    """Lines up to the first that was cut off by the end of its process."""
+    """Lines up to the first that is not a round's, or was cut off by the end of its process."""
     for line in lines:
         try:
-            yield json.loads(line)
+            content = json.loads(line)
         except json.JSONDecodeError:
             return
+        if not isinstance(content, dict) or not {"round", *_SUMS} <= set(content):
+            return
+        yield content

@@ -123,6 +123,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         expected = tuple(own[name].shape) if name in own else None
         got = tuple(given[name].shape) if name in given else None
         if expected != got:
-            raise CheckpointError(refusal(f"{name} of shape {expected}", "shape", got, "checkpoint of another model"))
+            rule = f"no tensor {name}" if expected is None else f"{name} of shape {expected}"
+            found = "none" if got is None else got
+            raise CheckpointError(refusal(rule, "shape", found, "checkpoint of another model"))
     for name, tensor in own.items():
         tensor.copy_(given[name])

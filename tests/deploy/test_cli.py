@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -275,8 +276,12 @@ def test_evaluate_tells_both_accuracies(monkeypatch: pytest.MonkeyPatch) -> None
     assert "98.1 %" in people
     assert "steps 50" in people
     assert json.loads(datps("evaluate", "runs/latest", "--json").stdout) == found
+    path, options = calls[0]
     local = {"data": None, "device": "cpu", "threads": None}
-    assert calls[0] == (Path("runs/latest"), {"settings": ["evaluation.attack.steps=50"], **local})
+    assert (path, options["settings"]) == (Path("runs/latest"), ["evaluation.attack.steps=50"])
+    assert local.items() <= options.items()
+    assert options["environment"] is os.environ
+    assert "DATPS_DATA" in options["reserved"]
 
 
 def test_recipes_are_listed_and_shown() -> None:

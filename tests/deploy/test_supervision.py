@@ -163,7 +163,7 @@ def test_a_worker_that_saves_has_longer_than_one_that_is_thrown_out() -> None:
     assert supervisor.handle(Tick(), 50) == [Kill(process="worker-0"), Kill(process="worker-1")]
     ended = outcome(end(supervisor, 51, worker_0=-9, worker_1=-9, server_0=143))
     assert ended.exit_code == 75
-    assert ended.text == "worker-0 did not stop within 50 s: the last rounds are not saved"
+    assert ended.text == "worker-0 did not stop within 50 s and was ended"
 
 
 def test_a_second_signal_kills_everything_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import SpecError
 from common.events import Emitter
 from tests.support import DEADLINE_S, job, running_server
 from worker.daemon import WorkerOptions, evaluate_checkpoint, run
@@ -125,8 +127,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(run_folder: Path, to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(run_folder, to))
 
 
@@ -177,6 +177,32 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused_with_65(trained: 
     assert (code, "optimizer state" in error_of(events)) == (65, True)
 
 
+def test_a_checkpoint_is_not_evaluated_on_data_or_with_a_model_that_it_was_not_made_for(
+    trained: Path, tmp_path: Path
+) -> None:
+    def evaluated(*settings: str, data: Path | None = None) -> None:
+        evaluate_checkpoint(trained, settings=settings, data=data, device="cpu", threads=None)
+
+    with pytest.raises(SpecError, match=r"1x8x8 pixels, 10 classes.*got data=3x16x16 pixels, 2 classes"):
+        evaluated("data.name=imagefolder", data=image_folder(tmp_path))
+    with pytest.raises(SpecError, match=r"model \(small_cnn, width=None\), got model=small_cnn, width=3"):
+        evaluated("model.width=3")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"server": "nowhere"}, "expected host:port, got server='nowhere'"),
+        ({"server": "a:b"}, "expected host:port, got server='a:b'"),
+        ({"server": "a:1", "worker_id": "a b"}, "got worker_id='a b'"),
+    ],
+)
+def test_a_worker_with_a_bad_address_or_name_is_refused_before_it_connects(options: dict[str, str], text: str) -> None:
+    with pytest.raises(SpecError) as error:
+        WorkerOptions(**{"worker_id": "worker-0", **options})
+    assert text in str(error.value)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained: Path) -> None:
     before = (trained / "rounds.jsonl").read_text()
     code, events = train_alone(trained)
@@ -194,7 +220,9 @@ def test_the_same_command_succeeds_after_peers_that_did_not_come(tmp_path: Path)
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    out.mkdir()
+    assert train_alone(out)[0] == 0
+    shutil.rmtree(out / "checkpoints")
+    assert train_alone(out)[0] == 2
     assert train_alone(out, out)[0] == 0
     assert len((out / "rounds.jsonl").read_text().splitlines()) == 11
 
