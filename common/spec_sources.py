@@ -6,6 +6,7 @@ Precedence: flag > environment > YAML > default. Unknown keys are refused with t
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -43,6 +44,14 @@ def spec_keys(model: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[tu
             yield from spec_keys(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.description or "", field.get_default()
+
+
+def differences(ours: JobSpec, theirs: JobSpec) -> Iterator[tuple[str, object, object]]:
+    """The dotted keys in which two jobs differ, with both values."""
+    for key, _, _ in spec_keys():
+        values = [functools.reduce(getattr, key.split("."), spec) for spec in (ours, theirs)]
+        if values[0] != values[1]:
+            yield key, values[0], values[1]
 
 
 def environment_name(key: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import AttackName, AttackSpec, CodecName, JobSpec
 from common.errors import EXIT_RETRY, SpecError, refusal
-from common.spec_sources import load_job_spec, spec_keys
+from common.spec_sources import differences, load_job_spec
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display
@@ -96,7 +96,7 @@ def job_to_resume(
     wanted = load_job_spec(
         yaml_text=spec.to_yaml(), yaml_name=runs.JOB, environment=environment, settings=settings, reserved=reserved
     )
-    for key, ours, theirs in _differences(spec, wanted):
+    for key, ours, theirs in differences(spec, wanted):
         rule = f"{key}={ours} as in {folder / runs.JOB}"
         raise SpecError(refusal(rule, key, theirs, "a resumed run keeps its job"))
     if runs.read_result(folder) is None and not runs.has_checkpoint(folder):
@@ -193,17 +193,3 @@ def _epsilon(attack: AttackSpec) -> str:
     """As papers write it: `8/255` for small ones."""
     pixels = round(attack.epsilon * 255, 9)
     return f"{pixels:.0f}/255" if 0 < pixels < 26 and pixels == int(pixels) else f"{attack.epsilon:g}"
-
-
-def _differences(ours: JobSpec, theirs: JobSpec) -> Iterator[tuple[str, object, object]]:
-    for key, _, _ in spec_keys():
-        values = [_value(spec, key) for spec in (ours, theirs)]
-        if values[0] != values[1]:
-            yield key, values[0], values[1]
-
-
-def _value(spec: JobSpec, key: str) -> object:
-    value: object = spec
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value

@@ -18,6 +18,7 @@ from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec
 from common.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
+    CheckpointError,
     DatpsError,
     MismatchError,
     PeerLostError,
@@ -26,7 +27,7 @@ from common.errors import (
 )
 from common.events import Emitter
 from common.layout import plan_layout
-from common.spec_sources import load_job_spec
+from common.spec_sources import differences, load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from worker.data import BatchPlan, Dataset
@@ -39,6 +40,8 @@ from worker.record import RunFolder, RunRecorder, accuracies, describe_data
 from worker.replica import Replica, load_model
 from worker.trainer import Trainer
 
+FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
+"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter."""
 KEEPALIVE_S = 10.0
 """Of the Join stream, which is open before the job spec is known."""
 
@@ -270,6 +273,7 @@ class _Job:
         self._dataset = load_dataset(spec.data, root=options.data, download=options.download)
         self._replica = Replica(_model(spec, self._dataset).to(device), spec.optimizer)
         if checkpoint:
+            _refuse_other_job(checkpoint, spec)
             _refuse_other_data(checkpoint, self._dataset)
             self._replica.load_state(checkpoint.tensors)
         self._layout = plan_layout(self._replica.tensors, spec)
@@ -403,6 +407,14 @@ def _model(spec: JobSpec, dataset: Dataset) -> torch.nn.Module:
         std=dataset.std,
         seed=spec.seed,
     )
+
+
+def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec) -> None:
+    """A run that goes on keeps its job, but for what does not touch the parameters."""
+    for key, theirs, ours in differences(checkpoint.spec, spec):
+        if not key.startswith(FREE_ON_RESUME):
+            rule = f"{key}={theirs} as in {checkpoint.path}"
+            raise CheckpointError(refusal(rule, key, ours, "a resumed run keeps its job"))
 
 
 def _refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:

@@ -13,7 +13,7 @@ from common.events import Emitter
 from common.layout import plan_layout
 from common.wire import rpc
 from common.wire.v1 import ps_pb2 as wire
-from tests.exchange.test_hostile import EXCHANGE, RawStream, raw_channel
+from tests.exchange.raw import EXCHANGE, RawStream, raw_channel
 from tests.support import DEADLINE_S, DIGEST, TENSORS, introduce, job, members, ready, running_server, running_servers
 from worker.daemon import AbortRelay
 from worker.exchange import ps

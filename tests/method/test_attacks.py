@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import foolbox
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,12 +167,11 @@ def test_perturbation_of_a_sample_does_not_depend_on_its_batch_in_eval_mode() ->
 
 
 def test_robust_accuracy_agrees_with_foolbox_from_the_same_starts(trained_model: nn.Module, digits: Dataset) -> None:
-    foolbox = pytest.importorskip("foolbox")
     images, labels = digits.test.images(torch.arange(360)), digits.test.labels
     attack = make_attack(pgd(0.15, 10, 0.02))
     start = attack.start(images, generator())
 
-    class SameStart(foolbox.attacks.LinfPGD):  # type: ignore[name-defined]
+    class SameStart(foolbox.attacks.LinfPGD):
         def get_random_start(self, x0: object, epsilon: float) -> object:  # noqa: ARG002
             return foolbox.models.base.ep.astensor(start)
 

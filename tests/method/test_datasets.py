@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from common.config import DatasetName, DataSpec, Split
@@ -166,8 +167,7 @@ def write_cifar10(root: Path) -> None:
 
 
 def test_cifar10_is_read_from_the_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torchvision_datasets = pytest.importorskip("torchvision.datasets")
-    monkeypatch.setattr(torchvision_datasets.CIFAR10, "_check_integrity", lambda _: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda _: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     write_cifar10(tmp_path)
     dataset = load_dataset(DataSpec(name=DatasetName.CIFAR10), root=tmp_path)

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import SpecError
+from common.config import ModelName, ModelSpec
+from common.errors import CheckpointError, SpecError
 from common.events import Emitter
 from tests.support import DEADLINE_S, job, running_server
+from worker.checkpoint import find_checkpoint, load_checkpoint
 from worker.daemon import WorkerOptions, evaluate_checkpoint, run
+from worker.models import build_model
+from worker.replica import load_model
 
 TRAINING_S = 60.0
 FAST = ("attack.epsilon=0.2", "attack.steps=1", "attack.step_size=0.1", "evaluation.attack.steps=1")
@@ -170,11 +174,25 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused_with_65(trained: Path) -> None:
-    code, events = train_alone(None, trained, "model.width=8")
-    assert (code, "checkpoint of another model" in error_of(events)) == (65, True)
-    code, events = train_alone(None, trained, "optimizer.name=sgd")
-    assert (code, "optimizer state" in error_of(events)) == (65, True)
+@pytest.mark.parametrize(
+    "setting", ["model.width=8", "optimizer.name=sgd", "seed=3", "schedule.epochs=9", "codec.bits=4"]
+)
+def test_a_checkpoint_of_another_job_is_refused_with_65(trained: Path, setting: str) -> None:
+    code, events = train_alone(None, trained, setting)
+    assert (code, f"got {setting} (a resumed run keeps its job)" in error_of(events)) == (65, True)
+
+
+def test_what_does_not_touch_the_parameters_may_differ_on_resume(trained: Path) -> None:
+    assert train_alone(None, trained, "exchange.bucket_bytes=4096", "evaluation.attack.steps=3")[0] == 0
+
+
+def test_tensors_of_another_model_are_refused_naming_the_first_that_differs(trained: Path) -> None:
+    tensors = load_checkpoint(find_checkpoint(trained)).tensors
+    settings = {"in_channels": 1, "image_size": 8, "classes": 10, "mean": (0.5,), "std": (0.5,), "seed": 0}
+    with pytest.raises(CheckpointError, match=r"of shape \(8,\), got shape=\(32,\) \(checkpoint of another model\)"):
+        load_model(build_model(ModelSpec(width=8), **settings), tensors)
+    with pytest.raises(CheckpointError, match=r"expected no tensor 1\.0\.bias, got shape="):
+        load_model(build_model(ModelSpec(name=ModelName.RESNET8), **settings), tensors)
 
 
 def test_a_checkpoint_is_not_evaluated_on_data_or_with_a_model_that_it_was_not_made_for(
