@@ -31,6 +31,12 @@ WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
 MAXIMAL_BLOCK = 1 << 19
 """Elements; a bucket holds at least one block, and as float32 it must stay below gRPC's 4 MiB receive limit."""
+MAXIMAL_ROTATION = 1 << 15
+"""Elements of a block that is rotated as one: it must stay in a core's caches."""
+MAXIMAL_TOPK = 1 << 16
+"""Elements of a block that topk chooses from: their places have 16 bits at most."""
+MAXIMAL_SUM = (1 << 15) - 1
+"""Of the integers that a server adds: they travel in 16 bits at most."""
 
 
 def _number(value: object) -> object:
@@ -104,11 +110,21 @@ class CodecName(StrEnum):
     BF16 = "bf16"
     RANDOMIZED = "randomized"
     PAPER = "paper"
+    ROTATED = "rotated"
+    SHARED = "shared"
+    SIGN = "sign"
+    TOPK = "topk"
 
 
 class BlockName(StrEnum):
     LAYER = "layer"
     ALL = "all"
+
+
+class Topology(StrEnum):
+    DEDICATED = "dedicated"
+    COLOCATED = "colocated"
+    COLLECTIVE = "collective"
 
 
 class ScaleNorm(StrEnum):
@@ -237,38 +253,76 @@ class CodecSpec(Section):
     """Gradient compression: equations (A5), (A6) and Algorithm A1, lines 7 and 10."""
 
     name: CodecName = CodecName.RANDOMIZED
-    """`none` (float32), `fp16`, `bf16`, `randomized` (blocks), or `paper` (one l2 norm for all, separate sign bit)."""
+    """`none` (float32), `fp16`, `bf16`; `randomized` (blocks), `paper` (one l2 norm for all, separate sign bit);
+    `rotated` (random rotation of blocks, 1 to 4 bits); `shared` (one scale for all workers: the servers add integers);
+    `sign` and `topk`, which are biased: each worker keeps what it did not send and adds it to its next gradient."""
     bits: int = 8
-    """Bits of one element on the wire (randomized: sign included; paper: plus one sign bit): 2 to 8, or 16."""
+    """Bits of one element on the wire (randomized: sign included; paper: plus one sign bit): 2 to 8, or 16; rotated:
+    1 to 4; shared: 2 to 8."""
     block: int | BlockName = 512
-    """Elements that share one scale: a multiple of 8, `layer`, or `all`; `randomized` only."""
+    """Elements that share one scale, or of which topk sends the largest: a multiple of 8, rotated: a power of two;
+    randomized also: `layer`, or `all`."""
     scale: ScaleNorm = ScaleNorm.LINF
     """Norm that scales a block; `randomized` only."""
+    density: Number = Field(default=1 / 32, gt=0, le=1)
+    """Fraction of the elements of a block that is sent, rounded up; `topk` only."""
     two_sided: bool = False
-    """Encode the average too (Algorithm A1, line 10); otherwise it travels as float32."""
+    """Encode the average too (Algorithm A1, line 10); otherwise it travels as float32. With `shared` the sums always
+    travel as integers."""
 
     @field_validator("bits")
     @classmethod
-    def _bits_are_supported(cls, bits: int) -> int:
-        if bits not in (2, 3, 4, 5, 6, 7, 8, 16):
-            raise ValueError(refusal("2 to 8, or 16", "bits", bits))
+    def _bits_are_supported(cls, bits: int, info: ValidationInfo) -> int:
+        name = info.data.get("name")
+        if name is CodecName.ROTATED:
+            supported, rule = range(1, 5), "1 to 4 (codec rotated)"
+        elif name is CodecName.SHARED:
+            supported, rule = range(2, 9), "2 to 8 (codec shared)"
+        else:
+            supported, rule = (*range(2, 9), 16), "2 to 8, or 16"
+        if bits not in supported:
+            raise ValueError(refusal(rule, "bits", bits))
         return bits
 
     @field_validator("block", mode="before")
     @classmethod
-    def _block_is_a_length_or_a_name(cls, block: object) -> object:
-        if isinstance(block, str) and block in tuple(BlockName):
-            return BlockName(block)
-        if isinstance(block, int) and not isinstance(block, bool) and 8 <= block <= MAXIMAL_BLOCK and block % 8 == 0:
-            return block
-        raise ValueError(refusal(f"a multiple of 8 from 8 to {MAXIMAL_BLOCK}, layer or all", "block", block))
+    def _block_is_a_length_or_a_name(cls, block: object, info: ValidationInfo) -> object:
+        name = info.data.get("name")
+        if name is CodecName.ROTATED:
+            rule, lengths = f"a power of two from 64 to {MAXIMAL_ROTATION}", {64 << k for k in range(10)}
+            supported = isinstance(block, int) and block in lengths
+        else:
+            most = MAXIMAL_TOPK if name is CodecName.TOPK else MAXIMAL_BLOCK
+            rule = f"a multiple of 8 from 8 to {most}"
+            supported = isinstance(block, int) and 8 <= block <= most and block % 8 == 0
+        if name in (CodecName.ROTATED, CodecName.SHARED, CodecName.SIGN, CodecName.TOPK):
+            rule += f" (codec {name})"
+        else:
+            rule += ", layer or all"
+            supported = supported or block in tuple(BlockName)
+        if not supported or isinstance(block, bool):
+            raise ValueError(refusal(rule, "block", block))
+        return BlockName(block) if isinstance(block, str) else block
+
+    @field_validator("two_sided")
+    @classmethod
+    def _averages_are_not_biased(cls, two_sided: bool, info: ValidationInfo) -> bool:
+        name = info.data.get("name")
+        if two_sided and name in (CodecName.SIGN, CodecName.TOPK):
+            rule = f"two_sided=false (codec {name} needs error feedback, and servers keep no residual)"
+            raise ValueError(refusal(rule, "two_sided", True))
+        return two_sided
 
 
 class ExchangeSpec(Section):
     """How the gradient travels."""
 
+    topology: Topology = Topology.DEDICATED
+    """Who averages: `dedicated` servers, `colocated` (every worker's node runs a shard) or `collective` (no server)."""
     bucket_bytes: int = Field(default=1 << 20, ge=1 << 10, le=(4 << 20) - (1 << 16))
     """Upper bound of one message's payload in bytes, in the wider of the two directions."""
+    window_bytes: int = Field(default=16 << 20, ge=1 << 10)
+    """Encoded contributions of one worker that a server holds until their turn; beyond it reads no more of them."""
 
 
 class EvaluationAttackSpec(Section):
@@ -340,6 +394,35 @@ class JobSpec(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     deadlines: DeadlineSpec = DeadlineSpec()
+
+    @model_validator(mode="after")
+    def _topology_fits(self) -> Self:
+        topology = self.exchange.topology
+        if topology is not Topology.DEDICATED and self.servers != 1:
+            raise ValueError(refusal(f"servers=1, which only admits workers ({topology})", "servers", self.servers))
+        if topology is Topology.COLLECTIVE and self.codec.two_sided:
+            rule = "codec.two_sided=false (collective: no server encodes the average)"
+            raise ValueError(refusal(rule, "codec.two_sided", True))
+        if topology is Topology.COLLECTIVE and self.codec.name is CodecName.SHARED:
+            raise ValueError(refusal("another codec (collective: no server adds integers)", "codec.name", "shared"))
+        return self
+
+    @model_validator(mode="after")
+    def _sums_of_integers_fit(self) -> Self:
+        levels = (1 << (self.codec.bits - 1)) - 1
+        if self.codec.name is CodecName.SHARED and self.workers * levels > MAXIMAL_SUM:
+            rule = f"sums of at most {MAXIMAL_SUM} (workers times 2^(bits - 1) - 1, codec shared)"
+            raise ValueError(refusal(rule, "sum", f"{self.workers} * {levels} = {self.workers * levels}"))
+        return self
+
+    @property
+    def shards(self) -> int:
+        """S: into how many shards the gradient is cut; one server each."""
+        return {
+            Topology.DEDICATED: self.servers,
+            Topology.COLOCATED: self.workers,
+            Topology.COLLECTIVE: 1,
+        }[self.exchange.topology]
 
     @property
     def evaluation_attack(self) -> AttackSpec:

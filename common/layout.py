@@ -1,9 +1,11 @@
 """Layout: tensors -> flat vectors -> shards -> buckets, and a digest of it.
 
-A model's parameters form the flat gradient vector of d elements, in the model's order; its floating-point buffers and
-the round's metrics form the state vector of e elements, which is averaged uncompressed. Both vectors are cut evenly
-into S shards, so shards balance by bytes whatever the sizes of the layers, and each shard's part into buckets. Cuts
-fall on multiples of the codec's alignment, so no quantizer block is split.
+A model's parameters form the flat gradient vector of d elements, in the order in which backward finishes them; its
+floating-point buffers and the round's metrics form the state vector of e elements, which is averaged uncompressed.
+Buckets are numbered in the order in which they are pushed: the gradient's from its start, then the state's. They are
+cut evenly, on multiples of the codec's alignment, so that no quantizer block is split, and dealt to the S shards like
+cards: shards balance by bytes whatever the sizes of the layers, and all of them have work as soon as backward starts.
+Where the average's scales span a shard (`needs_whole_vector`), each shard is one contiguous piece instead.
 
 Server and workers plan the layout from the same tensors and the same job spec; equal digests mean equal layouts.
 """
@@ -83,22 +85,33 @@ class Layout:
         d: elements of the gradient vector.
         e: elements of the state vector.
         layer_edges: 0, the ends of the parameters in the gradient vector, the last being d.
-        shard_edges: S + 1 cuts of the gradient vector.
         buckets: by number.
-        servers: S.
+        shards: S.
+        dealt: True if the gradient's buckets are dealt to the shards in turn, False if each shard is one piece.
     """
 
     tensors: tuple[TensorSpec, ...]
     d: int
     e: int
     layer_edges: tuple[int, ...]
-    shard_edges: tuple[int, ...]
     buckets: tuple[Bucket, ...]
-    servers: int
+    shards: int
+    dealt: bool
 
     def of_shard(self, shard: int) -> tuple[Bucket, ...]:
         """The buckets that one shard aggregates."""
         return tuple(bucket for bucket in self.buckets if bucket.shard == shard)
+
+    def of_kind(self, kind: BucketKind) -> tuple[Bucket, ...]:
+        """The buckets of one vector, in order."""
+        return tuple(bucket for bucket in self.buckets if bucket.kind is kind)
+
+    def encoder_range(self, shard: int) -> tuple[int, int]:
+        """The part of the gradient vector that the encoder of one shard's averages is made for: [start, stop)."""
+        if self.dealt:
+            return 0, self.d
+        own = [bucket for bucket in self.of_shard(shard) if bucket.kind is BucketKind.GRADIENT]
+        return own[0].start, own[-1].stop
 
     def layer_at(self, index: int) -> str:
         """Name of the parameter that holds element `index` of the gradient vector."""
@@ -120,11 +133,11 @@ class Layout:
 
 
 def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
-    """Cuts the vectors of `tensors` for the codec, bucket size and number of servers of a job.
+    """Cuts the vectors of `tensors` for the codec, bucket size and topology of a job.
 
     Raises:
-        SpecError: no parameters, two tensors of one name, too many elements, or more servers than the gradient
-            vector can be cut into.
+        SpecError: no parameters, two tensors of one name, too many elements, or more shards than the gradient vector
+            can be cut into.
     """
     counts = Counter(tensor.name for tensor in tensors)
     if len(counts) != len(tensors):
@@ -138,19 +151,25 @@ def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
     if not 1 <= d <= MAXIMAL_ELEMENTS or e > MAXIMAL_ELEMENTS:
         name, count = ("parameters", d) if not 1 <= d <= MAXIMAL_ELEMENTS else ("buffer elements", e)
         raise SpecError(refusal(f"1 to {MAXIMAL_ELEMENTS} {name}", name, count, "model"))
-    alignment = make_codec(spec.codec, start=0, stop=d, layer_edges=edges).alignment
-    shard_edges = _even_cuts(0, d, spec.servers, alignment)
-    if len(set(shard_edges)) <= spec.servers:
-        rule = f"servers of at most {math.ceil(d / alignment)} ({d} parameters in units of {alignment})"
-        raise SpecError(refusal(rule, "servers", spec.servers))
+    unit = make_codec(spec.codec, start=0, stop=d, layer_edges=edges).alignment
+    if math.ceil(d / unit) < spec.shards:
+        rule = f"servers of at most {math.ceil(d / unit)} ({d} parameters in units of {unit})"
+        raise SpecError(refusal(rule, "servers", spec.shards))
+    dealt = not make_codec(_pull_spec(spec), start=0, stop=d, layer_edges=edges).needs_whole_vector
+    cuts = _dealt(d, edges, spec) if dealt else _contiguous(d, edges, spec)
+    pieces = [(BucketKind.GRADIENT, *cut) for cut in cuts]
+    pieces += [(BucketKind.STATE, *cut) for cut in _state_cuts(e, spec)]
     return Layout(
         tensors=tuple(tensors),
         d=d,
         e=e,
         layer_edges=tuple(edges),
-        shard_edges=shard_edges,
-        buckets=_cut_buckets(shard_edges, _even_cuts(0, e, spec.servers, 1), edges, spec),
-        servers=spec.servers,
+        buckets=tuple(
+            Bucket(number=number, kind=kind, shard=shard, start=start, n=stop - start)
+            for number, (kind, shard, start, stop) in enumerate(pieces)
+        ),
+        shards=spec.shards,
+        dealt=dealt,
     )
 
 
@@ -161,7 +180,7 @@ def push_codec(layout: Layout, spec: JobSpec) -> Codec:
 
 def pull_codec(layout: Layout, spec: JobSpec, shard: int) -> Codec:
     """The codec of one shard's averages: float32 unless the job is two-sided."""
-    start, stop = layout.shard_edges[shard], layout.shard_edges[shard + 1]
+    start, stop = layout.encoder_range(shard)
     return make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layout.layer_edges)
 
 
@@ -174,41 +193,51 @@ def _pull_spec(spec: JobSpec) -> CodecSpec:
     return spec.codec if spec.codec.two_sided else UNCOMPRESSED
 
 
-def _cut_buckets(
-    shard_edges: tuple[int, ...], state_edges: tuple[int, ...], layer_edges: Sequence[int], spec: JobSpec
-) -> tuple[Bucket, ...]:
-    d, e = shard_edges[-1], state_edges[-1]
+_Cut = tuple[int, int, int]
+"""Shard, start, stop."""
+
+
+def _dealt(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]:
+    """Even buckets, as many for each shard, dealt in turn."""
+    codecs = [make_codec(each, start=0, stop=d, layer_edges=layer_edges) for each in (spec.codec, _pull_spec(spec))]
+    edges = _cuts_within(0, d, codecs, spec.exchange.bucket_bytes, spec.shards)
+    return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
+
+
+def _contiguous(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]:
+    """Each shard one piece, cut into buckets; the first buckets of all shards come first."""
     push = make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges)
-    state = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
-    buckets: list[Bucket] = []
-    for shard in range(spec.servers):
-        start, stop = shard_edges[shard], shard_edges[shard + 1]
+    cuts: list[tuple[int, _Cut]] = []
+    for shard, (start, stop) in enumerate(itertools.pairwise(_even_cuts(0, d, spec.shards, push.alignment))):
         pull = make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layer_edges)
-        for kind, edges, codecs in (
-            (BucketKind.GRADIENT, shard_edges, (push, pull)),
-            (BucketKind.STATE, state_edges, (state,)),
-        ):
-            inner = _cuts_within(edges[shard], edges[shard + 1], codecs, spec.exchange.bucket_bytes)
-            for first, last in itertools.pairwise(inner):
-                buckets.append(Bucket(number=len(buckets), shard=shard, kind=kind, start=first, n=last - first))
-    return tuple(buckets)
+        inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), spec.exchange.bucket_bytes, 1))
+        cuts += [(place, (shard, *cut)) for place, cut in enumerate(inner)]
+    return [cut for _, cut in sorted(cuts)]
 
 
-def _cuts_within(start: int, stop: int, codecs: Sequence[Codec], bucket_bytes: int) -> tuple[int, ...]:
+def _state_cuts(e: int, spec: JobSpec) -> list[_Cut]:
+    codec = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
+    edges = _cuts_within(0, e, (codec,), spec.exchange.bucket_bytes, min(spec.shards, max(e, 1)))
+    return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
+
+
+def _cuts_within(start: int, stop: int, codecs: Sequence[Codec], bucket_bytes: int, multiple: int) -> tuple[int, ...]:
     """Even cuts into as few parts as keep all of a part's scales and payload, by each codec, within `bucket_bytes`.
 
-    A part of one alignment unit may exceed it. `start` must be a multiple of the unit, which is the first codec's.
+    The number of parts is a multiple of `multiple` where there are that many alignment units. A part of one unit may
+    exceed `bucket_bytes`. `start` must be a multiple of the unit, which is the first codec's.
     """
     unit = codecs[0].alignment
-    units, parts = math.ceil((stop - start) / unit), 1
+    units, parts = math.ceil((stop - start) / unit), multiple
     if not units:
         return ()
     while True:
+        parts = min(units, math.ceil(parts / multiple) * multiple)
         cuts = _even_cuts(start, stop, parts, unit)
         largest = max(codec.wire_bytes(a, b - a) for codec in codecs for a, b in itertools.pairwise(cuts))
         if largest <= bucket_bytes or parts == units:
             return cuts
-        parts = min(units, math.ceil(parts * largest / bucket_bytes))
+        parts = max(parts + 1, math.ceil(parts * largest / bucket_bytes))
 
 
 def _even_cuts(start: int, stop: int, parts: int, unit: int) -> tuple[int, ...]:

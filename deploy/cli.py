@@ -28,10 +28,11 @@ from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, DatpsEr
 from common.events import Emitter
 from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
+from deploy.bench_cli import bench_app
 
 _FLAGS = (
     *("baseline", "connect_s", "data", "device", "download", "host", "job", "json", "out", "port", "recipe", "resume"),
-    *("server", "shard", "shard_addresses", "threads", "worker_id"),
+    *("server", "shard", "shard_addresses", "threads", "trace", "worker_id"),
 )
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
 """Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(bench_app, name="bench")
 
 
 def _variable(flag: str) -> str:
@@ -80,6 +82,10 @@ DeviceOption = Annotated[str, typer.Option("--device", envvar=_variable("device"
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", envvar=_variable("threads"), min=1, help="CPU threads; torch's choice if absent."),
+]
+TraceFileOption = Annotated[
+    Path | None,
+    typer.Option("--trace", envvar=_variable("trace"), help="File for a timeline (Chrome trace)", show_default=False),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", envvar=_variable("json"), help="Machine-readable output on standard output.")
@@ -122,6 +128,7 @@ def server(
             help="Where workers reach the shards, in order; shard 0 needs it if there are several servers.",
         ),
     ] = "",
+    trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one server: it averages the workers' gradients for its shard."""
@@ -135,8 +142,19 @@ def server(
             host=host,
             port=port,
             shard_addresses=tuple(address.strip() for address in shard_addresses.split(",") if address.strip()),
+            trace=trace,
         )
         code = run(options, Emitter(f"server-{shard}", as_json=as_json or None))
+    raise typer.Exit(code)
+
+
+@app.command(hidden=True)
+def shard() -> None:
+    """Serve one shard for the worker that starts this process, which speaks to it on its standard input."""
+    with _errors(True, "shard"):
+        from ps.daemon import run_shard
+
+        code = run_shard(sys.stdin, Emitter("shard", as_json=True))
     raise typer.Exit(code)
 
 
@@ -160,6 +178,15 @@ def worker(
     connect_s: Annotated[
         float, typer.Option(envvar=_variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
     ] = 60.0,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_variable("host"),
+            help="Address of this node, where others reach its shard (colocated) or store (collective); "
+            "found out if absent.",
+            show_default=False,
+        ),
+    ] = None,
     data: DataOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
@@ -171,6 +198,7 @@ def worker(
     resume: Annotated[
         Path | None, typer.Option(envvar=_variable("resume"), help="Run folder or checkpoint to go on from.")
     ] = None,
+    trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one worker: it attacks its images and learns from them. The server knows the job."""
@@ -182,6 +210,9 @@ def worker(
             worker_id=worker_id,
             job_id=job_id,
             connect_s=connect_s,
+            host=host,
+            shard_command=(sys.executable, "-m", "deploy.cli", "shard"),
+            trace=trace,
             data=data,
             download=download,
             device=device,
@@ -212,6 +243,9 @@ def train(
     baseline: Annotated[
         bool, typer.Option(envvar=_variable("baseline"), help="Afterwards train without attacks, to compare.")
     ] = True,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train on this machine: servers and workers as separate processes on 127.0.0.1.
@@ -238,6 +272,7 @@ def train(
             download=download,
             device=device,
             baseline=baseline,
+            trace=trace,
         )
         code = _train(options, as_json)
     raise typer.Exit(code)

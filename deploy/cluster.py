@@ -14,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from common.codecs.cpu import warm
 from common.config import JobSpec, Split
 from common.spec_sources import ENVIRONMENT_PREFIX
 from deploy.process import Child, last_stderr_lines
-from deploy.runs import JOB, LOGS
+from deploy.runs import JOB, LOGS, TRACES
 from deploy.supervision import (
     Done,
     Effect,
@@ -63,6 +64,7 @@ class DatpsCommands:
         device: of the workers.
         threads: of each worker.
         resume: go on from the newest checkpoint in `folder`.
+        trace: every process writes its timeline to `traces/` in `folder`.
     """
 
     spec: JobSpec
@@ -71,11 +73,13 @@ class DatpsCommands:
     device: str
     threads: int
     resume: bool
+    trace: bool = False
 
     def server(self, *, shard: int, port: int, shard_addresses: tuple[str, ...]) -> list[str]:
         """See `Commands`."""
         job = ["--job", str(self.folder / JOB)]
         command = [*_DATPS, "server", "--json", *job, "--shard", str(shard), "--host", HOST, "--port", str(port)]
+        command += self._trace(f"server-{shard}")
         return [*command, "--shard-addresses", ",".join(shard_addresses)] if shard_addresses else command
 
     def worker(self, *, index: int, server: str) -> list[str]:
@@ -88,7 +92,11 @@ class DatpsCommands:
             command += ["--data", str(self.data / name if own else self.data)]
         if index == 0:
             command += ["--out", str(self.folder)]
+        command += self._trace(name)
         return [*command, "--resume", str(self.folder)] if self.resume else command
+
+    def _trace(self, name: str) -> list[str]:
+        return ["--trace", str(self.folder / TRACES / f"{name}.json")] if self.trace else []
 
 
 _DATPS = (sys.executable, "-m", "deploy.cli")
@@ -140,6 +148,7 @@ class LocalCluster:
     def run(self) -> Outcome:
         """Starts the processes and returns when all of them are gone, whatever happens."""
         self._logs.mkdir(parents=True, exist_ok=True)
+        warm()  # once here, not in every process at the same time
         with self._signals():
             try:
                 outcome = self._perform(self._supervisor.begin(time.monotonic()))

@@ -20,6 +20,7 @@ from common.spec_sources import load_job_spec
 RUNS = Path("runs")
 LATEST = "latest"
 JOB, RESULT, LOGS, BASELINE = "job.yaml", "result.json", "logs", "baseline"
+TRACES, TRACE = "traces", "trace.json"
 _CHECKPOINTS = "checkpoints"
 _CHECKPOINT = re.compile(r"round-\d{6,}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from common.config import AttackName, AttackSpec, CodecName, JobSpec
 from common.errors import EXIT_RETRY, SpecError, refusal
 from common.spec_sources import differences, load_job_spec
+from common.timeline import merge
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display
@@ -33,6 +34,7 @@ class TrainOptions:
         download: fetch the data set into `data` first.
         device: of the workers.
         baseline: train without attacks, too.
+        trace: write the timeline of all processes to trace.json.
     """
 
     spec: JobSpec
@@ -43,6 +45,7 @@ class TrainOptions:
     download: bool = False
     device: str = "cpu"
     baseline: bool = True
+    trace: bool = False
 
 
 def train(
@@ -69,6 +72,8 @@ def train(
     result = runs.read_result(options.folder)
     if result is None:
         outcome = run.cluster(options.spec, options.folder, options.title, resume=options.resume)
+        if options.trace:
+            merge((options.folder / runs.TRACES).glob("*.json"), options.folder / runs.TRACE)
         if outcome.exit_code != 0:
             return outcome
         result = runs.read_result(options.folder)
@@ -177,6 +182,7 @@ def _datps_commands(options: TrainOptions) -> CommandsFactory:
             device=options.device,
             threads=threads_per_worker(spec.workers),
             resume=resume,
+            trace=options.trace and folder == options.folder,
         )
 
     return commands

@@ -14,15 +14,19 @@ from typing import Any
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from common.codecs import Encoded
 from common.config import JobSpec
 from common.errors import CodecError, SpecError, clipped, refusal
 from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
+from common.timeline import OFF, Timeline
+from common.wire.frames import BucketMessage, Frame, new_frame
 from common.wire.rpc import PROTOCOL_VERSION
 from common.wire.v1 import ps_pb2 as wire
 from ps import rounds as r
+from ps.lanes import Lane, Lanes
 from ps.membership import FormView
 from ps.outcome import REASONS, Outcome, ending_of
 from ps.reduce import ShardReducer
@@ -43,31 +47,40 @@ class Aggregator:
         self,
         *,
         spec: JobSpec,
-        shard: int,
         incarnation: int,
         emit: Emitter,
         end: Callable[[Outcome], None],
+        timeline: Timeline = OFF,
     ) -> None:
+        self._timeline = timeline
         self._spec = spec
-        self._shard = shard
+        self._job_digest = spec.digest()
+        self._shard = 0
+        self._assigned = asyncio.Event()
         self._incarnation = incarnation
         self._emit = emit
         self._end = end
-        self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reduce")
+        self._reduce = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reduce")
         self._rounds: r.Rounds | None = None
         self._reducer: ShardReducer | None = None
         self._layout: Layout | None = None
         self._view: tuple[int, int] | None = None
         self._worker_ids: tuple[str, ...] = ()
-        self._peers: dict[int, Outbox] = {}
+        self._lanes = Lanes()
         self._held: dict[tuple[int, int], Encoded] = {}
+        self._held_since: dict[tuple[int, int], int] = {}
         self._averages: dict[tuple[int, int], bytes] = {}
         self._expected: FormView | None = None
         self._stop: bytes | None = None
 
-    def expect(self, formed: FormView) -> None:
-        """Tells the coordinator's own shard which view has formed; other shards learn it from the first Hello."""
-        self._view = (self._incarnation, formed.view)
+    def assign(self, shard: int) -> None:
+        """Says which shard this is; streams wait for it."""
+        self._shard = shard
+        self._assigned.set()
+
+    def expect(self, formed: FormView, coordinator_incarnation: int) -> None:
+        """Says which view has formed; dedicated shards but for the coordinator's learn it from the first Hello."""
+        self._view = (coordinator_incarnation, formed.view)
         self._worker_ids = formed.worker_ids
         self._expected = formed
 
@@ -79,7 +92,7 @@ class Aggregator:
     @property
     def has_workers(self) -> bool:
         """True while a worker's stream is open."""
-        return bool(self._peers)
+        return bool(self._lanes)
 
     def tick(self) -> None:
         """Lets the rounds see the time."""
@@ -89,24 +102,24 @@ class Aggregator:
     def request_stop(self, text: str) -> None:
         """Asks all workers, also those whose streams are still to open, to finish the round and leave."""
         self._stop = wire.ServerMessage(stop=wire.StopRequest(text=text)).SerializeToString()
-        for outbox in self._peers.values():
-            outbox.put(self._stop)
+        for lane in self._lanes:
+            lane.outbox.put(self._stop)
 
     def broadcast(self, message: wire.ServerMessage, *, last: bool = False) -> None:
-        """Queues a message for every worker; `last` ends the streams after it."""
+        """Queues a message for every stream; `last` ends the streams after it."""
         data = message.SerializeToString()
-        for outbox in self._peers.values():
-            outbox.put(data)
+        for lane in self._lanes:
+            lane.outbox.put(data)
             if last:
-                outbox.close()
+                lane.outbox.close()
 
     def close(self) -> None:
         """Ends the arithmetic thread once its work is done."""
-        self._lane.shutdown(wait=False, cancel_futures=True)
+        self._reduce.shutdown(wait=False, cancel_futures=True)
 
     async def exchange(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """Handles one Exchange stream."""
-        await serve_stream(requests, context, Outbox(SPARE_MESSAGES), self._read)
+        await serve_stream(requests, context, Outbox(SPARE_MESSAGES, self._timeline), self._read)
 
     async def _read(self, requests: AsyncIterator[Any], outbox: Outbox) -> None:
         message = await first_message(requests, self._spec.deadlines.hello_s)
@@ -116,48 +129,62 @@ class Aggregator:
             self._refuse(outbox, wire.REASON_MALFORMED, refusal("Hello first", "message", kind_of(message)))
             return
         hello = message.hello
+        try:
+            await asyncio.wait_for(self._assigned.wait(), self._spec.deadlines.hello_s)
+        except TimeoutError:
+            self._refuse(outbox, wire.REASON_VIEW, refusal("a view that has formed", "view", hello.view))
+            return
         why_not = self._greet(hello)
         if why_not:
             self._refuse(outbox, *why_not)
             return
-        worker = hello.worker_index
-        outbox.limit = SPARE_MESSAGES + 2 * len(self._layout.buckets if self._layout else ())
-        self._peers[worker] = outbox
+        assert self._reducer is not None
+        buckets = frozenset(hello.buckets or self._reducer.buckets)
+        lane = Lane(hello.worker_index, buckets, outbox, self._spec.exchange.window_bytes)
+        outbox.limit = SPARE_MESSAGES + 2 * len(buckets)
+        self._lanes.add(lane)
         said_goodbye = False
         try:
-            self._event(r.HelloReceived(worker_index=worker, view=hello.view, round=hello.round))
+            self._event(r.HelloReceived(worker_index=lane.worker, view=hello.view, round=hello.round), lane)
             if self._stop:
                 outbox.put(self._stop)
-            said_goodbye = await self._read_contributions(requests, worker, outbox)
+            said_goodbye = await self._read_contributions(requests, lane)
         finally:
-            if self._peers.get(worker) is outbox:
-                del self._peers[worker]
+            self._lanes.remove(lane)
             if outbox.overflowed.is_set():
                 text = refusal("a worker that reads", "unread_messages", outbox.limit)
-                self._emit("refused", worker_id=self._worker_ids[worker], text=text)
+                self._emit("refused", worker_id=self._worker_ids[lane.worker], text=text)
             if not said_goodbye:
-                self._event(r.StreamLost(worker_index=worker))
+                self._event(r.StreamLost(worker_index=lane.worker))
 
-    async def _read_contributions(self, requests: AsyncIterator[Any], worker: int, outbox: Outbox) -> bool:
+    async def _read_contributions(self, requests: AsyncIterator[Any], lane: Lane) -> bool:
+        """Reads until the Goodbye, True, or the end of the stream, False."""
         refusals = 0
         async for message in requests:
             match kind_of(message):
                 case "contribution":
-                    refusals += not self._contribution(message.contribution, worker, outbox)
+                    refusals += not self._contribution(message, lane)
+                    await lane.room.wait()
                 case "goodbye":
-                    said = message.goodbye
-                    goodbye = r.GoodbyeReceived(
-                        worker_index=worker, ending=ending_of(said.ending), text=clipped(said.text), retry=said.retry
-                    )
-                    self._event(goodbye)
+                    self._goodbye(message.goodbye, lane)
                     return True
                 case kind:
-                    rule, who = "a contribution or Goodbye", self._worker_ids[worker]
-                    self._refuse(outbox, wire.REASON_MALFORMED, refusal(rule, "message", kind, who))
+                    rule, who = "a contribution or Goodbye", self._worker_ids[lane.worker]
+                    self._refuse(lane.outbox, wire.REASON_MALFORMED, refusal(rule, "message", kind, who))
                     refusals += 1
             if refusals > MAXIMAL_REFUSALS:
                 return False
         return False
+
+    def _goodbye(self, said: wire.Goodbye, lane: Lane) -> None:
+        """A worker's part has ended when all of its streams have said so, or one of them with an error."""
+        assert self._reducer is not None
+        ending = ending_of(said.ending)
+        gone = self._lanes.take_leave(lane)
+        if gone == self._reducer.buckets.keys() or ending in (r.Ending.FAILED, r.Ending.ABORTED):
+            text = clipped(said.text)
+            goodbye = r.GoodbyeReceived(worker_index=lane.worker, ending=ending, text=text, retry=said.retry)
+            self._event(goodbye)
 
     # Hello
 
@@ -169,7 +196,7 @@ class Aggregator:
         rules: list[tuple[int, str, object, object]] = [
             (wire.REASON_PROTOCOL_VERSION, "protocol_version", PROTOCOL_VERSION, hello.protocol_version),
             (wire.REASON_JOB, "job_id", spec.job_id, hello.job_id),
-            (wire.REASON_JOB, "job_digest", spec.digest(), hello.job_digest.hex()),
+            (wire.REASON_JOB, "job_digest", self._job_digest, hello.job_digest.hex()),
             (wire.REASON_BUCKET, "shard", self._shard, hello.shard),
             (wire.REASON_VIEW, "coordinator_incarnation", expected_view[0], view[0]),
             (wire.REASON_VIEW, "view", expected_view[1], view[1]),
@@ -183,10 +210,19 @@ class Aggregator:
             return wire.REASON_VIEW, refusal("a view that has formed", "view", hello.view)
         if hello.worker_index >= spec.workers:
             return wire.REASON_VIEW, refusal(f"worker_index below {spec.workers}", "worker_index", hello.worker_index)
-        if hello.worker_index in self._peers:
-            worker_id = ids[hello.worker_index]
+        return self._take_layout(hello) or self._place_refusal(hello)
+
+    def _place_refusal(self, hello: wire.Hello) -> tuple[int, str] | None:
+        """Why this stream may not carry what it wants to: buckets of other shards, or of another stream."""
+        assert self._reducer is not None
+        wanted, own = set(hello.buckets), self._reducer.buckets
+        foreign = sorted(wanted - own.keys())
+        if foreign:
+            return wire.REASON_BUCKET, refusal(f"buckets of shard {self._shard}", "bucket", foreign[0])
+        if self._lanes.carried(hello.worker_index) & (wanted or own.keys()):
+            worker_id = hello.worker_ids[hello.worker_index]
             return wire.REASON_WORKER_ID, refusal("a worker_id that is not live", "worker_id", worker_id)
-        return self._take_layout(hello)
+        return None
 
     def _take_layout(self, hello: wire.Hello) -> tuple[int, str] | None:
         """Plans the first good Hello's layout; at shard 0 only the one that all members had when they joined."""
@@ -225,79 +261,113 @@ class Aggregator:
 
     # Contributions
 
-    def _contribution(self, contribution: wire.Contribution, worker: int, outbox: Outbox) -> bool:
+    def _contribution(self, contribution: BucketMessage, lane: Lane) -> bool:
         """Checks a contribution's content and hands it to the rounds; False if it was refused."""
         assert self._reducer is not None
-        number, who = contribution.bucket, self._worker_ids[worker]
-        where = f"round {contribution.round}, bucket {number}, {who}"
-        if contribution.incarnation != self._incarnation:
-            text = refusal(f"incarnation={self._incarnation}", "incarnation", contribution.incarnation, where)
-            self._refuse(outbox, wire.REASON_INCARNATION, text, contribution)
+        number, who = contribution.bucket, self._worker_ids[lane.worker]
+        encoded = contribution.encoded
+        try:
+            if contribution.incarnation != self._incarnation:
+                rule = f"incarnation={self._incarnation}"
+                raise _RefusedError(wire.REASON_INCARNATION, refusal(rule, "incarnation", contribution.incarnation))
+            if len(contribution.parameter_digest) != DIGEST_BYTES:
+                size = len(contribution.parameter_digest)
+                text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size)
+                raise _RefusedError(wire.REASON_CONTENT, text)
+            if number in self._reducer.buckets:
+                self._check(contribution, encoded, lane)
+        except _RefusedError as refused:
+            where = f"round {contribution.round}, bucket {number}, {who}"
+            self._refuse(lane.outbox, refused.reason, f"{refused.text} ({where})", contribution)
             return False
-        if len(contribution.parameter_digest) != DIGEST_BYTES:
-            size = len(contribution.parameter_digest)
-            text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size, where)
-            self._refuse(outbox, wire.REASON_CONTENT, text, contribution)
-            return False
-        encoded = encoded_from(contribution)
-        if number in self._reducer.buckets:
-            try:
-                if encoded is None:
-                    raise CodecError(refusal("whole float32 scales", "scale_bytes", len(contribution.scales)))
-                self._reducer.check(number, contribution.codec, encoded)
-            except CodecError as error:
-                expected = self._reducer.push_codec_of(number).wire_name
-                reason = wire.REASON_CONTENT if contribution.codec == expected else wire.REASON_CODEC
-                self._refuse(outbox, reason, f"{error} ({where})", contribution)
-                return False
         event = r.ContributionReceived(
-            worker_index=worker,
+            worker_index=lane.worker,
             view=contribution.view,
             round=contribution.round,
             bucket=number,
             parameter_digest=contribution.parameter_digest,
         )
-        return self._event(event, encoded)
+        return self._event(event, lane, encoded)
 
-    def _event(self, event: r.Event, encoded: Encoded | None = None) -> bool:
+    def _check(self, contribution: BucketMessage, encoded: Encoded | None, lane: Lane) -> None:
+        """Checks what is in a contribution to a bucket of this shard.
+
+        Raises:
+            _RefusedError: it is not what this stream carries, or not well encoded.
+        """
+        assert self._reducer is not None
+        if contribution.bucket not in lane.buckets:
+            raise _RefusedError(wire.REASON_BUCKET, refusal("a bucket of this stream", "bucket", contribution.bucket))
+        if encoded is None:
+            size = len(contribution.scales)
+            raise _RefusedError(wire.REASON_CONTENT, refusal("whole float32 scales", "scale_bytes", size))
+        try:
+            self._reducer.check(contribution.bucket, contribution.codec, encoded)
+        except CodecError as error:
+            expected = self._reducer.push_codec_of(contribution.bucket).wire_name
+            reason = wire.REASON_CONTENT if contribution.codec == expected else wire.REASON_CODEC
+            raise _RefusedError(reason, str(error)) from None
+
+    def _event(self, event: r.Event, lane: Lane | None = None, encoded: Encoded | None = None) -> bool:
         assert self._rounds is not None
         effects = self._rounds.handle(event, time.monotonic())
-        self._perform(effects, encoded)
+        self._perform(effects, lane, encoded)
         return not any(isinstance(effect, r.Refuse) for effect in effects)
 
-    def _perform(self, effects: Iterable[r.Effect], encoded: Encoded | None = None) -> None:
+    def _perform(self, effects: Iterable[r.Effect], lane: Lane | None = None, encoded: Encoded | None = None) -> None:
+        work: list[Callable[[], None]] = []
         for effect in effects:
             match effect:
-                case r.Hold() if encoded is not None:
-                    self._held[effect.worker_index, effect.bucket] = encoded
+                case r.Hold() if encoded is not None and lane is not None:
+                    self._hold(effect, lane, encoded)
                 case r.Add():
-                    content = self._held.pop((effect.worker_index, effect.bucket), encoded)
-                    self._submit(self._add, effect, content)
+                    work.append(self._addition(effect, encoded))
                 case r.Publish():
-                    self._submit(self._publish, effect, asyncio.get_running_loop())
+                    work.append(self._publication(effect))
                 case r.Fail():
                     ids = tuple(self._worker_ids[worker] for worker in effect.worker_indices)
                     self._end(Outcome.failed(effect.text, ids, retry=effect.retry))
                 case r.Finish():
                     self._end(Outcome.finished(effect.ending))
                 case _:
-                    self._tell(effect)
+                    self._tell(effect, lane)
+        if work:
+            self._submit(work)
 
-    def _tell(self, effect: r.Effect) -> None:
+    def _hold(self, effect: r.Hold, lane: Lane, encoded: Encoded) -> None:
+        """Keeps a contribution; beyond the window, no more is read of its stream."""
+        self._held[effect.worker_index, effect.bucket] = encoded
+        lane.hold(encoded)
+        self._held_since[effect.worker_index, effect.bucket] = self._timeline.now_ns()
+
+    def _addition(self, effect: r.Add, encoded: Encoded | None) -> Callable[[], None]:
+        held = self._held.pop((effect.worker_index, effect.bucket), None)
+        lane = self._lanes.carrier(effect.worker_index, effect.bucket)
+        if held is not None and lane:
+            lane.release(held)
+            since_ns = self._held_since.pop((effect.worker_index, effect.bucket))
+            self._timeline.add("held", since_ns, f"held of worker {effect.worker_index}", bucket=effect.bucket)
+        content = held if held is not None else encoded
+        assert content is not None
+        return lambda: self._add(effect, content)
+
+    def _tell(self, effect: r.Effect, lane: Lane | None) -> None:
         """Performs the effects that are messages to workers, or nothing."""
         match effect:
-            case r.Welcome():
-                welcome = wire.Welcome(incarnation=self._incarnation, round=effect.round, missing=effect.missing)
-                self._put(effect.worker_index, wire.ServerMessage(welcome=welcome))
+            case r.Welcome() if lane is not None:
+                missing = [number for number in effect.missing if number in lane.buckets]
+                welcome = wire.Welcome(incarnation=self._incarnation, round=effect.round, missing=missing)
+                lane.outbox.put(wire.ServerMessage(welcome=welcome))
             case r.SendAverage():
                 average = self._averages.get((effect.round, effect.bucket))
-                if average is not None:  # otherwise it is being encoded and goes to all when it is ready
-                    self._put(effect.worker_index, average)
-            case r.Refuse():
+                carrier = self._lanes.carrier(effect.worker_index, effect.bucket)
+                if average is not None and carrier:  # else it is being encoded and goes to all when it is ready
+                    carrier.outbox.put(average)
+            case r.Refuse() if lane is not None:
                 text, reason = effect.text, REASONS[effect.why]
                 refused = wire.Refusal(reason=reason, text=text, round=effect.round, bucket=effect.bucket)
                 self._emit("refused", worker_id=self._worker_ids[effect.worker_index], text=text)
-                self._put(effect.worker_index, wire.ServerMessage(refusal=refused))
+                lane.outbox.put(wire.ServerMessage(refusal=refused))
             case r.ReportWaiting():
                 ids = [self._worker_ids[worker] for worker in effect.worker_indices]
                 self._emit("waiting", missing=ids, waited_s=round(effect.waited_s, 1), round=effect.round)
@@ -309,12 +379,13 @@ class Aggregator:
 
     # Arithmetic, on its own thread
 
-    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, work: list[Callable[[], None]]) -> None:
         loop = asyncio.get_running_loop()
 
         def guarded() -> None:
             try:
-                work(*arguments)
+                for each in work:
+                    each()
             except CodecError as error:
                 loop.call_soon_threadsafe(self._end, Outcome.failed(str(error), (), retry=False))
             except Exception as error:  # a defect of ours must end the job, not leave it waiting
@@ -323,40 +394,46 @@ class Aggregator:
                 )
                 raise
 
-        self._lane.submit(guarded)
+        self._reduce.submit(guarded)
 
     def _add(self, effect: r.Add, encoded: Encoded) -> None:
         assert self._reducer is not None
-        self._reducer.add(effect.bucket, encoded, first=effect.first)
+        with self._timeline.span("add", bucket=effect.bucket, worker=effect.worker_index):
+            worker, round_ = effect.worker_index, effect.round
+            self._reducer.add(effect.bucket, encoded, worker=worker, round_=round_, first=effect.first)
+
+    def _publication(self, effect: r.Publish) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+        return lambda: self._publish(effect, loop)
 
     def _publish(self, effect: r.Publish, loop: asyncio.AbstractEventLoop) -> None:
         assert self._reducer is not None
-        messages = {}
-        for number, encoded in self._reducer.publish(effect.round, effect.buckets).items():
+        assert self._rounds is not None
+        reducer, view = self._reducer, self._rounds.config.view
+        frames: dict[int, Frame] = {}
+
+        def place(number: int, scale_count: int, payload_bytes: int) -> NDArray[np.uint8]:
+            codec = reducer.pull_codec_of(number).wire_name
             average = wire.Average(
-                view=self._rounds.config.view if self._rounds else 0,
-                round=effect.round,
-                bucket=number,
-                codec=self._reducer.pull_codec_of(number).wire_name,
-                scales=encoded.scales.astype("<f4", copy=False).tobytes(),
-                payload=bytes(encoded.payload),
-                incarnation=self._incarnation,
+                view=view, round=effect.round, bucket=number, codec=codec, incarnation=self._incarnation
             )
-            messages[effect.round, number] = wire.ServerMessage(average=average).SerializeToString()
-        loop.call_soon_threadsafe(self._published, messages)
+            frames[number] = new_frame(average, scale_count, payload_bytes)
+            return frames[number].payload
 
-    def _published(self, messages: dict[tuple[int, int], bytes]) -> None:
-        self._averages.update(messages)
-        for message in messages.values():
-            for outbox in self._peers.values():
-                outbox.put(message)
+        with self._timeline.span("average", round=effect.round, buckets=list(effect.buckets)):
+            for number, encoded in reducer.publish(effect.round, effect.buckets, place).items():
+                frames[number].put_scales(encoded.scales)
+        messages = {number: frame.data for number, frame in frames.items()}
+        loop.call_soon_threadsafe(self._published, effect.round, messages)
 
-    def _put(self, worker: int, message: wire.ServerMessage | bytes) -> None:
-        outbox = self._peers.get(worker)
-        if outbox:
-            outbox.put(message)
+    def _published(self, round_: int, messages: dict[int, bytes]) -> None:
+        for number, message in messages.items():
+            self._averages[round_, number] = message
+            for lane in self._lanes:
+                if number in lane.buckets:
+                    lane.outbox.put(message, {"bucket": number, "worker": lane.worker})
 
-    def _refuse(self, outbox: Outbox, reason: int, text: str, contribution: wire.Contribution | None = None) -> None:
+    def _refuse(self, outbox: Outbox, reason: int, text: str, contribution: BucketMessage | None = None) -> None:
         self._emit("refused", worker_id="", text=text)
         refused = wire.Refusal(reason=reason, text=text)  # type: ignore[arg-type]
         if contribution is not None:
@@ -364,13 +441,15 @@ class Aggregator:
         outbox.put(wire.ServerMessage(refusal=refused))
 
 
+class _RefusedError(Exception):
+    """A contribution is refused."""
+
+    def __init__(self, reason: int, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.text = text
+
+
 def tensors_from(messages: Iterable[wire.Tensor]) -> list[TensorSpec]:
     """The layout's input as a worker sent it."""
     return [TensorSpec(name=m.name, shape=tuple(m.shape), buffer=m.buffer) for m in messages]
-
-
-def encoded_from(message: wire.Contribution | wire.Average) -> Encoded | None:
-    """A bucket's content as received; None if its scales are no whole float32 values."""
-    if len(message.scales) % 4:
-        return None
-    return Encoded(scales=np.frombuffer(message.scales, "<f4"), payload=message.payload)

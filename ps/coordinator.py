@@ -166,6 +166,7 @@ class Coordinator:
                 worker_ids=view.worker_ids,
                 samples=view.samples,
                 shard_addresses=self._shard_addresses,
+                worker_addresses=view.addresses,
             )
             self._connections[connection].put(wire.JoinResponse(admission=admission))
 
@@ -188,6 +189,7 @@ def _ready(said: wire.Readiness, connection: int) -> m.Ready:
         round=said.round,
         samples=said.samples,
         classes=said.classes,
+        address=said.address,
     )
 
 

@@ -62,6 +62,7 @@ class Ready:
     round: int
     samples: int
     classes: str
+    address: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class FormView:
     samples: tuple[int, ...]
     layout_digest: bytes
     round: int
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,7 @@ class Membership:
                 worker_ids=self.worker_ids,
                 connections=tuple(member.connection for member in members),
                 samples=tuple(member.ready.samples for member in members if member.ready),
+                addresses=tuple(member.ready.address for member in members if member.ready and member.ready.address),
                 layout_digest=event.layout_digest,
                 round=event.round,
             )

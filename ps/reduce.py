@@ -1,26 +1,30 @@
 """Ordered accumulation: sums of the buckets of one shard, and their averages, equation (A3).
 
 Contributions are added in the order in which `add` is called, which the round state machine makes the order of
-worker_index: float32 addition is not associative, and the same inputs have to give the same bytes.
+worker_index: float32 addition is not associative, and the same inputs have to give the same bytes. A bucket has memory
+from its first contribution until its average is encoded, and the next bucket gets the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.codecs import SERVER, BlockScales, Codec, Encoded, Float32, RandomKey
 from common.config import JobSpec
 from common.errors import CodecError, refusal
 from common.layout import Bucket, BucketKind, Layout, pull_codec, push_codec, state_codec
 
+Place = Callable[[int, int, int], NDArray[np.uint8] | None]
+"""(bucket, scales, payload bytes) -> where to encode its average; None: new memory."""
+
 
 class ShardReducer:
     """Sums and averages of one shard. Not thread-safe, but for `check`, which changes nothing."""
 
     def __init__(self, layout: Layout, spec: JobSpec, shard: int) -> None:
-        self._layout = layout
         self._seed = spec.seed
         self._workers = np.float32(spec.workers)
         self._buckets = {bucket.number: bucket for bucket in layout.of_shard(shard)}
@@ -28,13 +32,11 @@ class ShardReducer:
         self._push = push_codec(layout, spec)
         self._state = state_codec(layout)
         self._together = self._find_together()
-        self._gradient_start = layout.shard_edges[shard]
-        self._gradient_sum = np.zeros(layout.shard_edges[shard + 1] - self._gradient_start, np.float32)
-        self._state_sums = {
-            bucket.number: np.zeros(bucket.n, np.float32)
-            for bucket in self._buckets.values()
-            if bucket.kind is BucketKind.STATE
-        }
+        self._sums: dict[int, Float32] = {}
+        self._free: list[Float32] = []
+        self._longest = max((bucket.n for bucket in self._buckets.values()), default=0)
+        self._start, stop = layout.encoder_range(shard)
+        self._whole = np.zeros(stop - self._start if self._together else 0, np.float32)
 
     @property
     def published_together(self) -> frozenset[int]:
@@ -65,12 +67,14 @@ class ShardReducer:
             raise CodecError(refusal(f"codec={expected.wire_name}", "codec", codec[:80]))
         expected.check(encoded, bucket.start, bucket.n)
 
-    def add(self, number: int, encoded: Encoded, *, first: bool) -> None:
-        """Adds a checked contribution to its bucket's sum, or starts the sum with it."""
+    def add(self, number: int, encoded: Encoded, *, worker: int, round_: int, first: bool) -> None:
+        """Adds a worker's checked contribution to its bucket's sum, or starts the sum with it."""
         bucket = self._buckets[number]
-        self.push_codec_of(number).decode(encoded, bucket.start, self._sum_of(bucket), add=not first)
+        total = self._begin_sum(bucket) if first else self._sums[number]
+        key = RandomKey(seed=self._seed, round=round_, source=worker)
+        self.push_codec_of(number).decode(encoded, bucket.start, total, add=not first, key=key)
 
-    def publish(self, round_: int, numbers: tuple[int, ...]) -> dict[int, Encoded]:
+    def publish(self, round_: int, numbers: tuple[int, ...], place: Place = lambda *_: None) -> dict[int, Encoded]:
         """Averages of finished sums: divided by M and encoded, equation (A3) and Algorithm A1, line 10.
 
         Raises:
@@ -78,12 +82,12 @@ class ShardReducer:
         """
         key = RandomKey(seed=self._seed, round=round_, source=SERVER)
         for number in numbers:
-            total = self._sum_of(self._buckets[number])
+            total = self._sums[number]
             np.divide(total, self._workers, out=total)
         try:
             together = self._together.issuperset(numbers)
-            measured = self._pull.measure(self._gradient_sum, self._gradient_start) if together else None
-            return {n: self._encode(self._buckets[n], key, measured) for n in numbers}
+            measured = self._pull.measure(self._whole, self._start) if together else None
+            return {number: self._encode(self._buckets[number], key, measured, place) for number in numbers}
         except CodecError as error:
             raise CodecError(f"{error}; average of round {round_}, buckets {list(numbers)}") from None
 
@@ -92,14 +96,24 @@ class ShardReducer:
             return frozenset()
         return frozenset(n for n, bucket in self._buckets.items() if bucket.kind is BucketKind.GRADIENT)
 
-    def _encode(self, bucket: Bucket, key: RandomKey, measured: BlockScales | None) -> Encoded:
-        values = self._sum_of(bucket)
-        if bucket.kind is BucketKind.STATE:
-            return self._state.encode(values, bucket.start, key)
-        return self._pull.encode(values, bucket.start, key, measured)
+    def _encode(self, bucket: Bucket, key: RandomKey, measured: BlockScales | None, place: Place) -> Encoded:
+        codec = self.pull_codec_of(bucket.number)
+        start, n = bucket.start, bucket.n
+        payload = place(bucket.number, codec.scale_count(start, n), codec.payload_bytes(start, n))
+        encoded = codec.encode(self._sums[bucket.number], start, key, measured, payload=payload)
+        self._end_sum(bucket)
+        return encoded
 
-    def _sum_of(self, bucket: Bucket) -> Float32:
-        if bucket.kind is BucketKind.STATE:
-            return self._state_sums[bucket.number]
-        offset = bucket.start - self._gradient_start
-        return self._gradient_sum[offset : offset + bucket.n]
+    def _begin_sum(self, bucket: Bucket) -> Float32:
+        if bucket.number in self._together:
+            memory = self._whole[bucket.start - self._start :]
+        else:
+            memory = self._free.pop() if self._free else np.empty(self._longest, np.float32)
+        self._sums[bucket.number] = memory[: bucket.n]
+        return self._sums[bucket.number]
+
+    def _end_sum(self, bucket: Bucket) -> None:
+        memory = self._sums.pop(bucket.number)
+        if bucket.number not in self._together:
+            assert isinstance(memory.base, np.ndarray)
+            self._free.append(memory.base)

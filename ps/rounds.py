@@ -6,7 +6,8 @@ Rules (docs/protocol.md explains them):
     contribution of each of the M workers to each bucket; then the next one opens. The first Hello says which is first.
  2. (view, round, bucket, worker_index) names a contribution. The first copy counts, later ones do not: a copy of a
     contribution whose bucket is published is answered with that average, any other copy is ignored.
- 3. Contributions are added in order of worker_index; one that comes before its turn is held.
+ 3. Contributions are added in order of worker_index; one that comes before its turn is held. Where any order gives the
+    same bits (`any_order`: sums of integers, maxima), each is added as it comes.
  4. A contribution to a closed round before the last, or to a round that is not open yet, is refused. So is one of
     another view or to a bucket of another shard. A refusal changes nothing.
  5. All contributions of one round carry the same parameter digest. The first one that differs fails the job and names
@@ -117,6 +118,7 @@ class Add:
     """Add this contribution (the one at hand, or one that is held) to its bucket; `first` starts the sum."""
 
     worker_index: int
+    round: int
     bucket: int
     first: bool
 
@@ -202,6 +204,7 @@ class RoundsConfig:
         worker_ids: by worker_index; their number is M.
         buckets: numbers of this shard's buckets.
         together: those among them whose averages are published together (rule 6), or none.
+        any_order: those among them to which rule 3 does not apply.
         first_round: the round to open.
         deadline_s: rule 9.
         report_s: how often ReportWaiting is repeated.
@@ -211,6 +214,7 @@ class RoundsConfig:
     worker_ids: tuple[str, ...]
     buckets: tuple[int, ...]
     together: frozenset[int] = frozenset()
+    any_order: frozenset[int] = frozenset()
     first_round: int = 0
     deadline_s: float
     report_s: float
@@ -302,16 +306,25 @@ class Rounds:
         deserted = self._deserted() if self._endings else []
         if deserted:
             return deserted
-        if worker != bucket.added:
-            return [Hold(worker_index=worker, bucket=number)]
-        effects: list[Effect] = []
-        while bucket.added in bucket.received:
-            effects.append(Add(worker_index=bucket.added, bucket=number, first=bucket.added == 0))
-            bucket.added += 1
+        effects = self._adds(bucket, worker, number)
         if bucket.added == self._workers:
             effects += self._publish(number)
         if all(b.published for b in self._buckets.values()):
             effects += self._close(now_s)
+        return effects
+
+    def _adds(self, bucket: _Bucket, worker: int, number: int) -> list[Effect]:
+        """What can be added now that this worker's contribution is there (rule 3)."""
+        if number in self.config.any_order:
+            bucket.added += 1
+            return [Add(worker_index=worker, round=self.round, bucket=number, first=bucket.added == 1)]
+        if worker != bucket.added:
+            return [Hold(worker_index=worker, bucket=number)]
+        effects: list[Effect] = []
+        while bucket.added in bucket.received:
+            first = bucket.added == 0
+            effects.append(Add(worker_index=bucket.added, round=self.round, bucket=number, first=first))
+            bucket.added += 1
         return effects
 
     def _publish(self, number: int) -> list[Effect]:

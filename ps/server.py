@@ -7,16 +7,19 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common.config import JobSpec
+from common.config import JobSpec, Topology
 from common.errors import EXIT_MISMATCH, EXIT_TERMINATED, SpecError, refusal
 from common.events import Emitter
+from common.timeline import Timeline
 from common.wire import rpc
+from common.wire.frames import read_worker_message
 from common.wire.v1 import ps_pb2 as wire
 from ps.aggregator import Aggregator
 from ps.coordinator import Coordinator
@@ -34,21 +37,24 @@ class ServerOptions:
 
     Attributes:
         spec: the job.
-        shard: which shard it aggregates; shard 0 is the coordinator.
+        shard: which shard it aggregates; shard 0 is the coordinator. None: it is told later (`Server.assign`), and
+            does not coordinate.
         host: address to listen on.
         port: 0 for any free port.
         shard_addresses: host:port by shard, as workers reach them; needed by shard 0 if there are several servers.
+        trace: file that the timeline is written to at the end.
     """
 
     spec: JobSpec
-    shard: int = 0
+    shard: int | None = 0
     host: str = "0.0.0.0"
     port: int = 50051
     shard_addresses: tuple[str, ...] = ()
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         servers = self.spec.servers
-        if not 0 <= self.shard < servers:
+        if self.shard is not None and not 0 <= self.shard < servers:
             raise SpecError(refusal(f"shard from 0 to {servers - 1} (servers={servers})", "shard", self.shard))
         given = len(self.shard_addresses)
         if self.shard == 0 and given != servers and (given or servers > 1):
@@ -63,10 +69,14 @@ class Server:
     def __init__(self, options: ServerOptions, emit: Emitter) -> None:
         self.incarnation = secrets.randbits(64)
         self.address = ""
+        self._timeline = Timeline(emit.process, on=options.trace is not None)
         self.aggregator = Aggregator(
-            spec=options.spec, shard=options.shard, incarnation=self.incarnation, emit=emit, end=self.end
+            spec=options.spec, incarnation=self.incarnation, emit=emit, end=self.end, timeline=self._timeline
         )
         self.coordinator: Coordinator | None = None
+        self._aggregates = options.shard is None or options.spec.exchange.topology is Topology.DEDICATED
+        if options.shard is not None:
+            self.aggregator.assign(options.shard)
         if options.shard == 0:
             self.coordinator = Coordinator(
                 spec=options.spec,
@@ -114,11 +124,18 @@ class Server:
             ticking.cancel()
             await self._grpc.stop(FAREWELL_S)
             self.aggregator.close()
+            if self._options.trace:
+                self._timeline.write(self._options.trace)
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started_s
+
+    def assign(self, shard: int, view: FormView, coordinator_incarnation: int) -> None:
+        """Tells a server of no shard yet which one it has, in which view."""
+        self.aggregator.assign(shard)
+        self.aggregator.expect(view, coordinator_incarnation)
 
     def end(self, outcome: Outcome) -> None:
         """Ends the job; on a failure every worker is told who and what."""
@@ -137,6 +154,8 @@ class Server:
         running = self.coordinator.formed if self.coordinator else self.aggregator.has_workers
         if running:
             self.aggregator.request_stop(text)
+            if self.coordinator and not self._aggregates:
+                self.coordinator.broadcast(wire.JoinResponse(stop=wire.StopRequest(text=text)))
         elif not self._outcome.done():
             outcome = Outcome(exit_code=EXIT_TERMINATED, text=f"{text} before the view formed")
             self._abort(outcome)
@@ -156,7 +175,7 @@ class Server:
             self.coordinator.broadcast(wire.JoinResponse(abort=abort), last=True)
 
     def _view_formed(self, view: FormView) -> None:
-        self.aggregator.expect(view)
+        self.aggregator.expect(view, self.incarnation)
 
     def _tick_ended(self, task: asyncio.Task[None]) -> None:
         """Without ticks no deadline holds: a defect there ends the job."""
@@ -171,14 +190,16 @@ class Server:
                 self.coordinator.tick()
 
     def _register(self) -> None:
-        handlers = [rpc.service_handler(rpc.AGGREGATOR, {"Exchange": self.aggregator.exchange})]
+        handlers, names = [], []
+        if self._aggregates:
+            readers = {"Exchange": read_worker_message}
+            handlers.append(rpc.service_handler(rpc.AGGREGATOR, {"Exchange": self.aggregator.exchange}, readers))
+            names.append(rpc.service_name(rpc.AGGREGATOR))
         if self.coordinator:
             methods: dict[str, Callable[..., Any]] = {"Join": self.coordinator.join, "Leave": self.coordinator.leave}
             handlers.append(rpc.service_handler(rpc.COORDINATOR, methods))
-        self._grpc.add_generic_rpc_handlers(tuple(handlers))
-        names = [rpc.service_name(rpc.AGGREGATOR)]
-        if self.coordinator:
             names.append(rpc.service_name(rpc.COORDINATOR))
+        self._grpc.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._health_names = ("", *names)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)

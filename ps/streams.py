@@ -9,9 +9,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from common.timeline import OFF, Timeline
+from common.wire.frames import BucketMessage
 from common.wire.rpc import Malformed
 
 Outgoing = Message | bytes
+Details = dict[str, int] | None
 
 
 class Outbox:
@@ -22,21 +25,25 @@ class Outbox:
         overflowed: set when the limit was reached; the stream ends then.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, timeline: Timeline = OFF) -> None:
         self.limit = limit
+        self._timeline = timeline
         self.closed = False
         self.overflowed = asyncio.Event()
-        self._queue: asyncio.Queue[Outgoing | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Outgoing, Details] | None] = asyncio.Queue()
 
-    def put(self, message: Outgoing) -> None:
-        """Queues a message, unless the outbox is closed or the peer has stopped reading."""
+    def put(self, message: Outgoing, details: Details = None) -> None:
+        """Queues a message, unless the outbox is closed or the peer has stopped reading.
+
+        `details`: what the timeline says of its pull; nothing if None.
+        """
         if self.closed:
             return
         if self._queue.qsize() >= self.limit:
             self.closed = True
             self.overflowed.set()
             return
-        self._queue.put_nowait(message)
+        self._queue.put_nowait((message, details))
 
     def close(self) -> None:
         """Ends the stream once everything queued has been written."""
@@ -46,8 +53,12 @@ class Outbox:
 
     async def drain(self, context: grpc.aio.ServicerContext) -> None:
         """Writes until the outbox is closed and empty."""
-        while (message := await self._queue.get()) is not None:
+        while (queued := await self._queue.get()) is not None:
+            message, details = queued
+            start_ns = self._timeline.now_ns()
             await context.write(message)
+            if details:
+                self._timeline.add("pull", start_ns, f"pull of worker {details['worker']}", **details)
 
 
 Reader = Callable[[AsyncIterator[Any], Outbox], Awaitable[None]]
@@ -90,6 +101,8 @@ async def first_message(requests: AsyncIterator[Any], deadline_s: float) -> Any:
 
 def kind_of(message: Any) -> str:
     """Which member of its oneof a message carries; `malformed` for bytes that were none."""
+    if isinstance(message, BucketMessage):
+        return "contribution"
     if isinstance(message, Malformed):
         return "malformed"
     return message.WhichOneof("kind") or "malformed"

@@ -119,7 +119,7 @@ class Member:
     coordination: Coordination
     exchange: ParameterServerExchange
     layout: Layout
-    channels: list[grpc.Channel]
+    channel: grpc.Channel
 
     def leave(self, end: End | None = None, replica_digest: bytes = b"") -> None:
         """Ends, in good order unless `end` says otherwise."""
@@ -129,8 +129,8 @@ class Member:
 
     def vanish(self) -> None:
         """Ends without a word, as a killed process would."""
-        for channel in self.channels:
-            channel.close()
+        self.channel.close()
+        self.exchange.abandon()
 
 
 def silent() -> Emitter:
@@ -156,17 +156,15 @@ def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, 
     channel, coordination, spec = introduce(address, worker_id)
     layout = plan_layout(tensors, spec)
     admission = coordination.get_ready(ready(layout, round=round_), 2 * DEADLINE_S)
-    others = [connect(shard_address, DEADLINE_S, 10.0) for shard_address in admission.shard_addresses[1:]]
     exchange = ParameterServerExchange(
         layout=layout,
         spec=spec,
         admission=admission,
-        channels=[channel, *others],
         first_round=round_,
         emit=silent(),
     )
     coordination.watch(exchange.fail)
-    return Member(admission, coordination, exchange, layout, [channel, *others])
+    return Member(admission, coordination, exchange, layout, channel)
 
 
 @contextmanager

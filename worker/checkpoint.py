@@ -25,7 +25,7 @@ from common.config import JobSpec
 from common.errors import CheckpointError, SpecError, StorageError, refusal
 from common.spec_sources import job_spec_from_json
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
 _NAME = re.compile(r"round-(\d{6,})")
 

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec
-from common.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    CheckpointError,
-    DatpsError,
-    MismatchError,
-    PeerLostError,
-    SpecError,
-    refusal,
-)
+from common.codecs.cpu import warm
+from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec, Topology
+from common.errors import EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
-from common.layout import plan_layout
-from common.spec_sources import differences, load_job_spec
+from common.memory import keep_freed_memory
+from common.spec_sources import load_job_spec
+from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
-from worker.data import BatchPlan, Dataset
 from worker.datasets import load_dataset
 from worker.evaluation import evaluate
+from worker.exchange.base import Exchange
 from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
-from worker.exchange.ps import GRACE_S, ParameterServerExchange
+from worker.exchange.nodes import NodeOptions, make_node
+from worker.exchange.ps import GRACE_S
+from worker.interruptions import AbortRelay, StopFlag, Stopped
+from worker.local.devices import parse_devices
+from worker.local.processes import LocalProcesses, Order
+from worker.local.team import LocalTeam
 from worker.models import build_model
 from worker.record import RunFolder, RunRecorder, accuracies, describe_data
-from worker.replica import Replica, load_model
+from worker.replica import load_model
 from worker.trainer import Trainer
+from worker.workplace import Workplace, open_device, refuse_other_data
 
-FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
-"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter."""
 KEEPALIVE_S = 10.0
 """Of the Join stream, which is open before the job spec is known."""
 
@@ -57,10 +50,14 @@ class WorkerOptions:
         data: data folder, if the data set needs one.
         download: fetch the data set if it is missing.
         device: `cpu`, `cuda`, `cuda:1`.
-        threads: of the CPU; None leaves it to torch.
+        devices: several local devices instead, one process each: `cuda:0,cuda:1`, `cpu:2`.
+        threads: of each local process on the CPU; None leaves it to torch.
         out: run folder to write to; None writes nothing.
         resume: a checkpoint, or a run folder, to go on from.
         connect_s: how long to wait for a server to answer.
+        host: this node's address for its shard or store; None: found out.
+        shard_command: how this node's shard is run, if the job is colocated.
+        trace: file that the timeline is written to at the end.
     """
 
     server: str
@@ -69,10 +66,14 @@ class WorkerOptions:
     data: Path | None = None
     download: bool = False
     device: str = "cpu"
+    devices: str | None = None
     threads: int | None = None
     out: Path | None = None
     resume: Path | None = None
     connect_s: float = 60.0
+    host: str | None = None
+    shard_command: tuple[str, ...] = ()
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         if not WORKER_ID.fullmatch(self.worker_id):
@@ -80,80 +81,23 @@ class WorkerOptions:
         host, _, port = self.server.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise SpecError(refusal("host:port", "server", repr(self.server)))
+        self.local_devices  # noqa: B018 (refuses a bad list now, not later)
 
-
-class Stopped(BaseException):
-    """A signal came while nothing had to be saved yet."""
-
-
-class StopFlag:
-    """SIGTERM and Ctrl-C: at once while joining, after the round while training, at once if they come again."""
-
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-        self.training = False
-
-    @contextmanager
-    def handling_signals(self) -> Iterator[None]:
-        """Handles signals in the main thread; elsewhere they are not ours."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, self._on_signal) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED
-        if self.exit_code is not None:
-            os._exit(code)
-        self.exit_code = code
-        if not self.training:
-            raise Stopped
-
-
-class AbortRelay:
-    """An Abort can come on the Join stream before there is an exchange that it ends."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._abort: tuple[str, bool] | None = None
-        self._fail: Callable[[str, bool], None] | None = None
-
-    def aborted(self, text: str, retry: bool) -> None:
-        """The job has been aborted, or the coordinator is gone."""
-        with self._lock:
-            self._abort = self._abort or (text, retry)
-            if self._fail:
-                self._fail(*self._abort)
-
-    def attach(self, fail: Callable[[str, bool], None]) -> None:
-        """From now on aborts are passed on at once; also one that has come already."""
-        with self._lock:
-            self._fail = fail
-            if self._abort:
-                fail(*self._abort)
-
-    def raise_if_aborted(self) -> None:
-        """Raises what an Abort means.
+    @property
+    def local_devices(self) -> tuple[str, ...]:
+        """One for each local process.
 
         Raises:
-            PeerLostError: a new try can succeed.
-            MismatchError: it cannot.
+            SpecError: a list that means nothing.
         """
-        with self._lock:
-            if self._abort:
-                text, retry = self._abort
-                raise (PeerLostError if retry else MismatchError)(text)
+        return (self.device,) if self.devices is None else parse_devices(self.devices)
 
 
 def run(options: WorkerOptions, emit: Emitter) -> int:
     """Takes part in one job; returns the exit code when the training is complete, stopped or failed."""
     stop = StopFlag()
+    keep_freed_memory()
+    warm()
     with stop.handling_signals():
         try:
             return _work(options, emit, stop)
@@ -195,9 +139,9 @@ def evaluate_checkpoint(
     if spec.model != checkpoint.spec.model:
         rule = f"the checkpoint's model ({checkpoint.spec.model.name}, width={checkpoint.spec.model.width})"
         raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
-    target = _device(device, threads)
+    target = open_device(device, threads)
     dataset = load_dataset(spec.data, root=data)
-    _refuse_other_data(checkpoint, dataset)
+    refuse_other_data(checkpoint, dataset)
     model = build_model(
         spec.model,
         in_channels=checkpoint.in_channels,
@@ -225,7 +169,7 @@ def evaluate_checkpoint(
 
 
 def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
-    device = _device(options.device, options.threads)
+    device = open_device(options.local_devices[0], options.threads)
     checkpoint = _checkpoint_to_resume(options)
     emit("connecting", address=options.server)
     with ExitStack() as stack:
@@ -236,7 +180,9 @@ def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
         spec = coordination.introduce(options.job_id, options.connect_s)
         model = f"{spec.model.name} on {spec.data.name}"
         emit("offered", job_id=spec.job_id, model=model, workers=spec.workers, servers=spec.servers)
-        job = _Job(options, emit, stop, spec, device, checkpoint)
+        local = LocalProcesses(_fitting_devices(options, spec))
+        stack.callback(local.close)
+        job = _Job(options, emit, stop, spec, device, checkpoint, local)
         complete = job.take_part(coordination, stack)
     if not complete:
         saved = "state saved" if options.out else "nothing saved (no --out)"
@@ -266,17 +212,20 @@ class _Job:
         spec: JobSpec,
         device: torch.device,
         checkpoint: Checkpoint | None,
+        local: LocalProcesses,
     ) -> None:
         self._options, self._emit, self._stop = options, emit, stop
-        self._spec, self._device = spec, device
-        self.round = checkpoint.round if checkpoint else 0
+        self._timeline = Timeline(emit.process, on=options.trace is not None)
+        self._spec, self._device, self._local = spec, device, local
         self._dataset = load_dataset(spec.data, root=options.data, download=options.download)
-        self._replica = Replica(_model(spec, self._dataset).to(device), spec.optimizer)
-        if checkpoint:
-            _refuse_other_job(checkpoint, spec)
-            _refuse_other_data(checkpoint, self._dataset)
-            self._replica.load_state(checkpoint.tensors)
-        self._layout = plan_layout(self._replica.tensors, spec)
+        devices = options.local_devices
+        team = LocalTeam(spec, 0, len(devices)) if len(devices) > 1 else None
+        local.order(_order(options, spec, checkpoint))
+        self._workplace = Workplace.build(spec, self._dataset, device, checkpoint, team)
+        local.join(self._workplace)
+        self._replica, self._layout = self._workplace.replica, self._workplace.layout
+        self.round = self._workplace.round
+        self._final_digest = b""
         self._folder = None
         if options.out:
             self._folder = RunFolder(options.out, resumed=checkpoint, anew=options.resume is not None)
@@ -289,50 +238,61 @@ class _Job:
         """
         end, exchange = End(ending=wire.ENDING_FAILED, text="a defect"), None
         try:
-            admission = coordination.get_ready(self._ready_replica(), self._spec.deadlines.join_s + GRACE_S)
+            node = make_node(self._spec, self._node_options(), self._emit)
+            stack.callback(node.close)
+            replica = self._ready_replica(node.address)
+            admission = coordination.get_ready(replica, self._spec.deadlines.join_s + GRACE_S)
             relay = AbortRelay()
-            coordination.watch(relay.aborted)
-            exchange = self._open_exchange(admission, relay, stack)
-            relay.attach(exchange.fail)
+            coordination.watch(relay.aborted, relay.stop_requested)
+            self._local.watch(relay.aborted)
+            self._local.admit(admission)
+            exchange = node.open(admission, self._layout, self.round, relay.raise_if_aborted)
+            relay.attach(exchange)
             complete = self._train(exchange, admission)
             end = End(ending=wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED)
         except Stopped:
             end = End(ending=wire.ENDING_FAILED, text="stopped by a signal before its first round")
             raise
+        except DatpsError as error:
+            cause = self._local.cause(error)
+            end = End.after(cause)
+            raise cause from error
         except Exception as error:
             end = End.after(error)
             raise
         finally:
             if exchange:
                 exchange.close(end)
-            coordination.leave(end, self._replica.replica_digest())
+            coordination.leave(end, self._final_digest)
+        node.finish()
+        if self._options.trace:
+            self._timeline.write(self._options.trace)
         return complete
 
-    def _ready_replica(self) -> ReadyReplica:
+    def _node_options(self) -> NodeOptions:
+        options = self._options
+        return NodeOptions(
+            coordinator=options.server,
+            host=options.host,
+            shard_command=options.shard_command,
+            connect_s=options.connect_s,
+            timeline=self._timeline,
+            shard_trace=options.trace.with_suffix(".shard.json") if options.trace else None,
+            device=self._device,
+            carried=self._workplace.team.carried(self._layout) if self._workplace.team else None,
+        )
+
+    def _ready_replica(self, address: str) -> ReadyReplica:
         return ReadyReplica(
             layout=self._layout,
             replica_digest=self._replica.replica_digest(),
             round=self.round,
             samples=len(self._dataset.train.labels),
             classes=describe_data(self._dataset),
+            address=address,
         )
 
-    def _open_exchange(self, admission: Admission, relay: AbortRelay, stack: ExitStack) -> ParameterServerExchange:
-        channels = []
-        for address in admission.shard_addresses:
-            keepalive_s = self._spec.deadlines.keepalive_s
-            channels.append(connect(address, self._options.connect_s, keepalive_s, relay.raise_if_aborted))
-            stack.callback(channels[-1].close)
-        return ParameterServerExchange(
-            layout=self._layout,
-            spec=self._spec,
-            admission=admission,
-            channels=channels,
-            first_round=self.round,
-            emit=self._emit,
-        )
-
-    def _train(self, exchange: ParameterServerExchange, admission: Admission) -> bool:
+    def _train(self, exchange: Exchange, admission: Admission) -> bool:
         """Runs all rounds; from here on a signal waits for the round's end."""
         trainer = self._trainer(exchange, admission)
         if self._folder:
@@ -340,6 +300,8 @@ class _Job:
         self._stop.training = True
         complete = trainer.run()
         self.round = trainer.round
+        self._final_digest = self._replica.replica_digest()
+        self._local.finish(self._spec.deadlines.round_s)
         return complete
 
     def finish(self) -> None:
@@ -359,18 +321,17 @@ class _Job:
         )
         self._recorder.finish(evaluation)
 
-    def _trainer(self, exchange: ParameterServerExchange, admission: Admission) -> Trainer:
-        spec, dataset = self._spec, self._dataset
-        plan = BatchPlan(
-            samples_by_worker=admission.samples,
-            split=spec.data.split,
-            batch_per_worker=spec.data.batch_per_worker,
-            workers=spec.workers,
-            seed=spec.seed,
-        )
-        rounds = spec.schedule.epochs * plan.rounds_per_epoch
+    def _trainer(self, exchange: Exchange, admission: Admission) -> Trainer:
+        spec, dataset, devices = self._spec, self._dataset, ",".join(self._options.local_devices)
+        rounds = spec.schedule.epochs * self._workplace.plan(admission.samples).rounds_per_epoch
         self._recorder = RunRecorder(
-            emit=self._emit, spec=spec, replica=self._replica, dataset=dataset, rounds=rounds, folder=self._folder
+            emit=self._emit,
+            spec=spec,
+            replica=self._replica,
+            dataset=dataset,
+            rounds=rounds,
+            folder=self._folder,
+            device=devices,
         )
         self._emit(
             "admitted",
@@ -379,65 +340,35 @@ class _Job:
             view=admission.view,
             parameters=self._layout.d,
             rounds=rounds,
-            device=str(self._device),
+            device=devices,
             model=spec.model.name.value,
             data=spec.data.name.value,
         )
-        return Trainer(
-            spec=spec,
-            replica=self._replica,
-            dataset=dataset,
-            plan=plan,
-            worker_index=admission.worker_index,
-            exchange=exchange,
-            device=self._device,
-            recorder=self._recorder,
+        return self._workplace.trainer(
+            exchange,
+            admission,
+            self._recorder,
             stop_requested=lambda: self._stop.exit_code is not None,
-            first_round=self.round,
+            timeline=self._timeline,
         )
 
 
-def _model(spec: JobSpec, dataset: Dataset) -> torch.nn.Module:
-    return build_model(
-        spec.model,
-        in_channels=dataset.in_channels,
-        image_size=dataset.image_size,
-        classes=len(dataset.classes),
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=spec.seed,
+def _fitting_devices(options: WorkerOptions, spec: JobSpec) -> tuple[str, ...]:
+    """The devices of all local processes, if the job can be done by several."""
+    devices = options.local_devices
+    if len(devices) > 1 and spec.exchange.topology is Topology.COLLECTIVE:
+        rule = "one device (exchange.topology=collective has no servers to which several processes could be one worker)"
+        raise SpecError(refusal(rule, "devices", options.devices))
+    return devices
+
+
+def _order(options: WorkerOptions, spec: JobSpec, checkpoint: Checkpoint | None) -> Order:
+    return Order(
+        job_spec=spec.to_json(),
+        devices=options.local_devices,
+        threads=options.threads,
+        data=str(options.data) if options.data else None,
+        checkpoint=str(checkpoint.path) if checkpoint else None,
+        saves=options.out is not None,
+        connect_s=options.connect_s,
     )
-
-
-def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec) -> None:
-    """A run that goes on keeps its job, but for what does not touch the parameters."""
-    for key, theirs, ours in differences(checkpoint.spec, spec):
-        if not key.startswith(FREE_ON_RESUME):
-            rule = f"{key}={theirs} as in {checkpoint.path}"
-            raise CheckpointError(refusal(rule, key, ours, "a resumed run keeps its job"))
-
-
-def _refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """A checkpoint says what data its model is made for."""
-    ours = describe_data(dataset)
-    if ours != checkpoint.data:
-        raise SpecError(refusal(f"data of the checkpoint ({checkpoint.data})", "data", ours, str(checkpoint.path)))
-
-
-def _device(name: str, threads: int | None) -> torch.device:
-    """The device, with torch's settings for reproducible results."""
-    if threads is not None:
-        if threads < 1:
-            raise SpecError(refusal("at least 1 thread", "threads", threads))
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise SpecError(refusal("cpu or cuda", "device", name))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise SpecError(refusal("a device that torch has here", "device", name, reason)) from None
-    return device

@@ -121,6 +121,16 @@ def _permutation(samples: int, seed: int, *counters: int) -> Tensor:
     return torch.randperm(samples, generator=stream_generator(seed, Purpose.PERMUTATION, *counters))
 
 
+def part_of_images(samples: Samples, indices: Tensor, part: slice) -> Tensor:
+    """A batch of which only one part is read: float32 [len(indices), C, H, W], the rest of it zeros."""
+    own = samples.images(indices[part])
+    if len(own) == len(indices):
+        return own
+    images = own.new_zeros(len(indices), *own.shape[1:])
+    images[part] = own
+    return images
+
+
 def augment(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Random crop after 4 pixels of zero padding, and horizontal flip, each sample on its own.
 

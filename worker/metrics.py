@@ -52,3 +52,5 @@ class RoundMetrics:
 
 
 METRICS = len(fields(RoundMetrics))
+COUNTS = METRICS - 1
+"""All but the first, the loss, which is a mean."""

@@ -113,7 +113,10 @@ class RunRecorder:
         dataset: Dataset,
         rounds: int,
         folder: RunFolder | None,
+        device: str = "",
     ) -> None:
+        """`device`: what the result names; if empty, where the parameters are."""
+        self._device = device or str(replica.parameters.theta.device)
         self._emit = emit
         self._spec = spec
         self._replica = replica
@@ -179,7 +182,7 @@ class RunRecorder:
             "communication_seconds": round(sums["communication_s"], 3),
             "evaluation_seconds": round(sums["evaluation_s"], 3),
             "parameter_digest": self._replica.parameter_digest().hex(),
-            "device": str(self._replica.parameters.theta.device),
+            "device": self._device,
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

@@ -5,7 +5,7 @@ All replicas of a job start equal, and stay equal because every update is a func
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,20 +18,33 @@ from common.errors import CheckpointError, refusal
 from common.layout import TensorSpec
 from worker.metrics import METRICS
 from worker.models import averaged_buffers
-from worker.optimizers import FlatParameters, make_optimizer
+from worker.optimizers import FlatParameters, Shares, make_optimizer
 
 METRICS_NAME = "@metrics"
+WHOLE = slice(None)
 
 
 class Replica:
     """Parameters, buffers and optimizer state of one worker."""
 
-    def __init__(self, model: nn.Module, spec: OptimizerSpec) -> None:
-        """`model`: on its device; its parameters become views of one flat vector."""
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: OptimizerSpec,
+        order: Sequence[str] | None = None,
+        divide: Callable[[Sequence[TensorSpec]], Shares] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: on its device; its parameters become views of one flat vector.
+            spec: of its optimizer.
+            order: of the parameters in that vector; where absent the model's own.
+            divide: tells from `tensors` which part of the optimizer is this process's; where absent all of it.
+        """
         self.model = model
-        self.parameters = FlatParameters(model)
-        self.optimizer = make_optimizer(spec, self.parameters)
+        self.parameters = FlatParameters(model, order)
         self._buffers = averaged_buffers(model)
+        self.optimizer = make_optimizer(spec, self.parameters, divide(self.tensors) if divide else None)
         persistent = model.state_dict(keep_vars=True)
         self._counters = {n: b for n, b in model.named_buffers() if n in persistent and n not in self._buffers}
         self._gradient = np.empty(self.parameters.theta.numel(), np.float32)
@@ -46,20 +59,22 @@ class Replica:
             TensorSpec(name=METRICS_NAME, shape=(METRICS,), buffer=True),
         )
 
-    def gradient_vector(self) -> Float32:
-        """The gradient on the host, float32 of shape (d,); on the CPU it is the gradient's own memory."""
+    def gradient_vector(self, part: slice = WHOLE) -> Float32:
+        """The gradient on the host, float32 of shape (d,); on the CPU it is the gradient's own memory.
+
+        Elsewhere only `part` of it is brought to the host, and no other part of that memory is touched.
+        """
         gradient = self.parameters.gradient
         if gradient.device.type == "cpu":
             return gradient.numpy()
-        torch.from_numpy(self._gradient).copy_(gradient)
+        torch.from_numpy(self._gradient)[part].copy_(gradient[part])
         return self._gradient
 
-    def take_gradient(self, average: Float32) -> Tensor:
-        """The average on the model's device, float32 [d]."""
+    def take_gradient(self, part: slice = WHOLE) -> None:
+        """Brings part of the vector of `gradient_vector`, which has become the average, to the model's device."""
         gradient = self.parameters.gradient
         if gradient.device.type != "cpu":
-            gradient.copy_(torch.from_numpy(average))
-        return gradient
+            gradient[part].copy_(torch.from_numpy(self._gradient)[part])
 
     def state_vector(self, metrics: Float32) -> Float32:
         """Averaged buffers, then the metrics: float32 of shape (e,), new memory."""
@@ -81,17 +96,30 @@ class Replica:
         return self._digest(self.parameters.theta, *self._buffers.values())
 
     def replica_digest(self) -> bytes:
-        """XXH3-128 of parameters, all buffers and optimizer state: what replicas share when they join and leave."""
+        """XXH3-128 of parameters, all buffers and optimizer state: what replicas share when they join and leave.
+
+        Where local processes share the optimizer, this and `state_tensors` gather its state: all of them call it.
+        """
         state = self.optimizer.state_tensors()
         return self._digest(
             self.parameters.theta, *self._buffers.values(), *self._counters.values(), *(state[n] for n in sorted(state))
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, by name, on the CPU: `model.*` as in the model's state_dict, `optimizer.*`."""
-        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in (model | optimizer).items()}
+        """Everything a checkpoint holds, by name, on the CPU.
+
+        `model.*` as in the model's state_dict; `optimizer.<moment>/<parameter>` in the parameter's shape and
+        `optimizer.t`: nothing of it depends on the order of the flat vector.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for moment, vector in self.optimizer.state_tensors().items():
+            if vector.dim() == 0:
+                tensors[f"optimizer.{moment}"] = vector
+                continue
+            for layer in self.parameters.layers:
+                part = vector[layer.offset : layer.offset + layer.length]
+                tensors[f"optimizer.{moment}/{layer.name}"] = part.view(layer.shape)
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state_tensors` gave.
@@ -100,8 +128,27 @@ class Replica:
             CheckpointError: a checkpoint of another model or optimizer.
         """
         load_model(self.model, tensors)
-        prefix = "optimizer."
-        self.optimizer.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        state: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                moment, _, layer = name.removeprefix("optimizer.").partition("/")
+                if layer:
+                    parts.setdefault(moment, {})[layer] = tensor
+                else:
+                    state[moment] = tensor
+        self.optimizer.load_state(state | {moment: self._joined(moment, of) for moment, of in parts.items()})
+
+    def _joined(self, moment: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """One vector of the optimizer's state from its parts by parameter."""
+        layers = self.parameters.layers
+        expected = {layer.name: layer.shape for layer in layers}
+        got = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+        for name in sorted(expected.keys() | got.keys()):
+            if expected.get(name) != got.get(name):
+                rule = f"{moment} of {name} of shape {expected.get(name)}"
+                raise CheckpointError(refusal(rule, "shape", got.get(name), "optimizer state"))
+        return torch.cat([parts[layer.name].reshape(-1) for layer in layers])
 
     def _digest(self, *tensors: Tensor) -> bytes:
         state = xxhash.xxh3_128()

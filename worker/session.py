@@ -139,12 +139,20 @@ Effect = Push | Accept | Drop | Complete | Forget | Fail
 class Session:
     """One worker's protocol state over all shards; see the rules on top of this file."""
 
-    def __init__(self, shard_of: tuple[int, ...], *, first_round: int, reconnects: bool = False) -> None:
+    def __init__(
+        self,
+        shard_of: tuple[int, ...],
+        *,
+        first_round: int,
+        reconnects: bool = False,
+        carried: frozenset[int] | None = None,
+    ) -> None:
         """
         Args:
             shard_of: shard by bucket number.
             first_round: the round that begins first.
             reconnects: wait for a new stream when a shard is lost, instead of failing (rule 7).
+            carried: the buckets that this session is for; None: all.
         """
         self.failed = False
         self.round = first_round - 1
@@ -152,13 +160,14 @@ class Session:
         self._reconnects = reconnects
         self._open: set[int] = set()
         self._encoded: set[int] = set()
-        self._accepted: set[int] = set(range(len(shard_of)))
+        self._carried = frozenset(range(len(shard_of))) if carried is None else carried
+        self._accepted: set[int] = set(self._carried)
         self._previous_kept = False
 
     @property
     def complete(self) -> bool:
         """True between rounds."""
-        return len(self._accepted) == len(self._shard_of)
+        return len(self._accepted) == len(self._carried)
 
     @property
     def needed_round(self) -> int:

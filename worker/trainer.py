@@ -10,13 +10,17 @@ from typing import Protocol
 import torch
 
 from common.config import JobSpec, Split
+from common.layout import Layout
+from common.timeline import OFF, Timeline
 from worker.attacks import make_attack
-from worker.data import BatchPlan, Dataset, augment
+from worker.data import BatchPlan, Dataset, augment, part_of_images
 from worker.evaluation import Evaluation, evaluate
 from worker.exchange.base import Exchange, Traffic
+from worker.local.team import Alone, Team
 from worker.metrics import RoundMetrics
 from worker.objectives import LocalCost, local_cost
 from worker.randomness import Purpose, round_generator
+from worker.readiness import BucketReadiness, watch_layers
 from worker.replica import Replica
 from worker.schedules import Schedule
 
@@ -25,7 +29,8 @@ from worker.schedules import Schedule
 class RoundReport:
     """One closed round; losses and counts are over all workers, times are this worker's, in seconds.
 
-    `round` counts closed rounds, from 1; `parameter_digest` is that of the parameters after it.
+    `round` counts closed rounds, from 1; `parameter_digest` is that of the parameters after it. `communication_s` is
+    what the worker waited for averages, `exchange_s` how long the exchange took, which backward may have hidden.
     """
 
     round: int
@@ -37,6 +42,7 @@ class RoundReport:
     attack_s: float
     compute_s: float
     communication_s: float
+    exchange_s: float
     evaluation_s: float
     round_s: float
     pushed_bytes: int
@@ -62,15 +68,20 @@ class _Stopwatch:
     """Seconds by phase; on a GPU a phase ends when its work has."""
 
     device: torch.device
+    timeline: Timeline
+    round: int
     last_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.last_s = time.perf_counter()
+        self._last_ns = self.timeline.now_ns()
 
-    def lap(self) -> float:
+    def lap(self, phase: str) -> float:
+        """Ends a phase and begins the next; returns its seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now_s = time.perf_counter()
+        self.timeline.add(phase, self._last_ns, "rounds", round=self.round)
+        now_s, self._last_ns = time.perf_counter(), self.timeline.now_ns()
         lap_s, self.last_s = now_s - self.last_s, now_s
         return lap_s
 
@@ -87,11 +98,16 @@ class Trainer:
         plan: BatchPlan,
         worker_index: int,
         exchange: Exchange,
+        layout: Layout,
         device: torch.device,
         recorder: Recorder,
         stop_requested: Callable[[], bool],
         first_round: int = 0,
+        timeline: Timeline = OFF,
+        team: Team | None = None,
     ) -> None:
+        self._timeline = timeline
+        self._team = team or Alone()
         self.spec = spec
         self.replica = replica
         self.rounds = spec.schedule.epochs * plan.rounds_per_epoch
@@ -105,6 +121,11 @@ class Trainer:
         self._stop_requested = stop_requested
         self._attack = make_attack(spec.attack)
         self._digest = replica.parameter_digest()
+        self._readiness = BucketReadiness(layout, exchange.ready)
+        # On other devices a gradient is final when its kernels are, not when they start; a part's is not the worker's.
+        self._overlaps = device.type == "cpu" and self._team.size == 1
+        if self._overlaps:
+            watch_layers(replica.parameters.parameters, self._readiness.layer_done)
         self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=self.rounds)
 
     def run(self) -> bool:
@@ -124,24 +145,23 @@ class Trainer:
 
     def _one_round(self, round_: int) -> RoundMetrics:
         """Iteration t = round_ + 1 of Algorithm A1."""
-        watch = _Stopwatch(device=self._device)
+        watch = _Stopwatch(device=self._device, timeline=self._timeline, round=round_)
         started_s = watch.last_s
         evaluation = self._evaluate_share(round_)
-        evaluation_s = watch.lap()
-        images, labels = self._draw(round_)  # line 4
-        perturbed = self._attack(  # line 5, (A1)
-            self.replica.model, images, labels, self._generator(round_, Purpose.ATTACK)
-        )
-        attack_s = watch.lap()
-        cost = self._compute_gradient(images, perturbed, labels)  # line 6, (A2)
-        compute_s = watch.lap()
-        traffic, metrics = self._average(round_, cost, evaluation)  # lines 7 to 10, (A3)
-        communication_s = watch.lap()
+        evaluation_s = watch.lap("evaluate")
+        images, labels, start = self._draw(round_)  # line 4
+        perturbed = self._attack.perturb(self.replica.model, images, labels, start)  # line 5, (A1)
+        attack_s = watch.lap("attack")
+        cost = self._compute_gradient(round_, images, perturbed, labels)  # line 6, (A2), and line 7 as it goes on
+        compute_s = watch.lap("forward and backward")
+        traffic, metrics = self._average(cost, evaluation)  # lines 8 to 10, (A3)
+        communication_s = watch.lap("wait for averages")
         learning_rate = self._schedule.learning_rate(round_)
         parameters = self.replica.parameters
         self.replica.optimizer.update(parameters.theta, parameters.gradient, learning_rate)  # line 12, (A4)
+        self._team.share_parameters(parameters.theta)
         self._digest = self.replica.parameter_digest()
-        compute_s += watch.lap()
+        compute_s += watch.lap("update")
         self._recorder.round_closed(
             self._report(
                 round_,
@@ -157,21 +177,37 @@ class Trainer:
         )
         return metrics
 
-    def _draw(self, round_: int) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = self._plan.indices(round_, self._worker_index)
-        images = self._dataset.train.images(indices).to(self._device)
-        labels = self._dataset.train.labels[indices].to(self._device)
+    def _draw(self, round_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This process's part of the worker's batch: images, labels, and where the attack starts.
+
+        Random numbers are drawn for the whole batch, so that a sample meets the same ones whoever has it.
+        """
+        indices, part = self._plan.indices(round_, self._worker_index), self._team.part
+        images = part_of_images(self._dataset.train, indices, part).to(self._device)
+        labels = self._dataset.train.labels[indices[part]].to(self._device)
         if self.spec.data.augment:
             images = augment(images, self._generator(round_, Purpose.AUGMENTATION))
-        return images, labels
+        start = self._attack.start(images, self._generator(round_, Purpose.ATTACK))
+        return images[part], labels, start[part]
 
-    def _compute_gradient(self, images: torch.Tensor, perturbed: torch.Tensor, labels: torch.Tensor) -> LocalCost:
+    def _compute_gradient(
+        self, round_: int, images: torch.Tensor, perturbed: torch.Tensor, labels: torch.Tensor
+    ) -> LocalCost:
+        """Forward and backward; on the CPU each bucket is pushed as soon as backward has finished it."""
         self.replica.parameters.zero_gradient()
         cost = local_cost(self.spec.objective, self.replica.model, images, perturbed, labels)
-        cost.loss.backward()
+        self._readiness.begin()
+        if self._overlaps:
+            self._exchange.begin(round_, self.replica.gradient_vector(), self._digest)
+            cost.loss.backward()
+        else:
+            cost.loss.backward()
+            self._team.average_gradient(self.replica.parameters.gradient)
+            self._exchange.begin(round_, self.replica.gradient_vector(self._team.exchanged), self._digest)
+        self._readiness.finish()
         return cost
 
-    def _average(self, round_: int, cost: LocalCost, evaluation: Evaluation | None) -> tuple[Traffic, RoundMetrics]:
+    def _average(self, cost: LocalCost, evaluation: Evaluation | None) -> tuple[Traffic, RoundMetrics]:
         own = RoundMetrics(
             loss=float(cost.loss.detach()),
             train_samples=cost.samples,
@@ -181,27 +217,27 @@ class Trainer:
             robust_correct=evaluation.robust_correct if evaluation else 0,
             stop=self._stop_requested() or self._exchange.stop_requested is not None,
         )
-        gradient, state = self.replica.gradient_vector(), self.replica.state_vector(own.to_vector())
-        traffic = self._exchange.average(round_, gradient, state, self._digest)
-        self.replica.take_gradient(gradient)
+        state = self._team.average_state(self.replica.state_vector(own.to_vector()))
+        traffic = self._team.conclude(state, self._exchange.finish(state))
+        self.replica.take_gradient(self._team.exchanged)
         average = self.replica.take_state(state)
         return traffic, RoundMetrics.from_average(average, self.spec.workers)
 
     def _evaluate_share(self, round_: int) -> Evaluation | None:
-        """This worker's share of the evaluation of the parameters before this round, if one is due."""
+        """This process's share of the evaluation of the parameters before this round, if one is due."""
         if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs):
             return None
-        shared = (
-            self.spec.data.split is Split.SHARED
-        )  # otherwise everyone has test data of its own, all of it its share
+        # With data of its own, a worker has test data of its own, all of it its share.
+        shared = self.spec.data.split is Split.SHARED
+        index, workers = (self._worker_index, self.spec.workers) if shared else (0, 1)
         return evaluate(
             self.replica.model,
             self._dataset.test,
             self.spec.evaluation_attack,
             batch=self.spec.evaluation.batch,
             seed=self.spec.seed,
-            worker_index=self._worker_index if shared else 0,
-            workers=self.spec.workers if shared else 1,
+            worker_index=index + workers * self._team.local_rank,
+            workers=workers * self._team.size,
             device=self._device,
         )
 
@@ -220,6 +256,7 @@ class Trainer:
             train_accuracy=metrics.train_correct / max(metrics.train_samples, 1),
             pushed_bytes=traffic.pushed_bytes,
             pulled_bytes=traffic.pulled_bytes,
+            exchange_s=traffic.seconds,
             parameter_digest=self._digest.hex(),
             **numbers,
         )

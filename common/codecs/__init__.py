@@ -1,10 +1,13 @@
-"""Codecs: `make_codec` builds the one that a job spec names; `base.py` is the contract, one file per family."""
+"""Codecs: `make_codec` builds the one that a job spec names.
+
+`base.py` is the contract. There is a file per family, which defines its bytes; `cpu/` holds the kernels that make them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.codecs.base import SERVER, BlockScales, Codec, Encoded, Float32, RandomKey
+from common.codecs.base import SERVER, BlockScales, Bytes, Codec, Encoded, Float32, RandomKey
 from common.codecs.blocks import Blocks, EdgedBlocks, FixedBlocks
 from common.codecs.floats import Bf16Codec, Fp16Codec, NoneCodec
 from common.codecs.paper import PaperCodec
@@ -16,6 +19,7 @@ from common.errors import CodecError, refusal
 __all__ = [
     "SERVER",
     "BlockScales",
+    "Bytes",
     "Codec",
     "Encoded",
     "Float32",

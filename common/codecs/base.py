@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 
 SERVER = 0xFFFFFFFF
 """The source of the randomness of an average, beside the workers' 0 ... M-1."""
@@ -48,11 +49,11 @@ class Encoded:
 
     Attributes:
         scales: float32, one per block that overlaps the bucket, in order; empty for codecs without scales.
-        payload: the packed elements, as `bytes` or a buffer over them.
+        payload: the packed elements; any contiguous memory at any address, possibly read-only, as `scales` are.
     """
 
     scales: Float32
-    payload: bytes | bytearray | memoryview
+    payload: bytes | bytearray | memoryview | Bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,8 +79,25 @@ class Codec(Protocol):
     needs_whole_vector: bool
     """True if scales span buckets: `measure` has to see the whole range before the first bucket is encoded."""
 
+    biased: bool
+    """True if decoded values are not right on average, so that training needs error feedback."""
+    needs_shared_scales: bool
+    """True if all workers encode a block with one scale, which they agree on first (`measured`, codec `shared`)."""
+
+    def scale_count(self, start: int, n: int) -> int:
+        """Scales of the bucket [start, start + n).
+
+        Raises:
+            CodecError: the bucket leaves the range or is not aligned.
+        """
+        ...
+
+    def payload_bytes(self, start: int, n: int) -> int:
+        """Exact bytes of the payload of the bucket [start, start + n)."""
+        ...
+
     def wire_bytes(self, start: int, n: int) -> int:
-        """Exact bytes of scales and payload of the bucket [start, start + n)."""
+        """Exact bytes of scales and payload: 4 * scale_count + payload_bytes; raises as `scale_count`."""
         ...
 
     def measure(self, values: Float32, start: int) -> BlockScales | None:
@@ -90,7 +108,15 @@ class Codec(Protocol):
         """
         ...
 
-    def encode(self, values: Float32, start: int, key: RandomKey, measured: BlockScales | None = None) -> Encoded:
+    def encode(
+        self,
+        values: Float32,
+        start: int,
+        key: RandomKey,
+        measured: BlockScales | None = None,
+        *,
+        payload: Bytes | None = None,
+    ) -> Encoded:
         """Encodes the bucket [start, start + len(values)).
 
         Args:
@@ -99,6 +125,11 @@ class Codec(Protocol):
             start: flat index of values[0]; a multiple of `alignment`.
             key: determines all random draws.
             measured: from `measure`; required if `needs_whole_vector`.
+            payload: memory for the packed elements: uint8 of shape (payload_bytes(start, n),), contiguous, writable, at
+                any address, for example within a message. New memory where absent.
+
+        Returns:
+            The scales and `payload`. After an error `payload` holds anything.
 
         Raises:
             CodecError: a value is NaN or infinite (the message gives its flat index), or a scale overflows.
@@ -114,6 +145,6 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool) -> None:
+    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool, key: RandomKey | None = None) -> None:
         """Decodes onto `out`: `out += values` if `add`, else `out[:] = values`; bit for bit the same everywhere."""
         ...

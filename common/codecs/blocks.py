@@ -8,57 +8,20 @@ of a range, or the range as one block).
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CodecError, refusal
 
-PIECE_ELEMENTS = 1 << 14
-"""Elements that are worked on at a time: all temporaries of a piece stay in a core's cache."""
+Bounds = tuple[int, NDArray[np.int64], int]
+"""Where blocks end, for the kernels: `length`, `edges`, `first_block` of `cpu.scales.block_end`."""
 
-_Element = TypeVar("_Element", bound=np.generic)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A rectangle of a bucket: `rows` consecutive blocks, or parts of one, of `length` elements each.
-
-    Attributes:
-        offset: index of its first element in the bucket.
-        block: place of its first block's scale among the bucket's scales.
-        rows: how many blocks.
-        length: elements of each.
-    """
-
-    offset: int
-    block: int
-    rows: int
-    length: int
-
-    def of(self, vector: NDArray[_Element]) -> NDArray[_Element]:
-        """View of the piece in a vector that spans the bucket; shape (rows, length)."""
-        return vector[self.offset : self.offset + self.rows * self.length].reshape(self.rows, self.length)
-
-    def of_scales(self, scales: NDArray[_Element]) -> NDArray[_Element]:
-        """The piece's part of an array with one entry per block of the bucket; shape (rows, 1)."""
-        return scales[self.block : self.block + self.rows, None]
-
-    def parts(self) -> Iterator[Piece]:
-        """Cuts into pieces of at most PIECE_ELEMENTS, in order."""
-        rows_at_once = max(1, PIECE_ELEMENTS // self.length)
-        length_at_once = min(self.length, PIECE_ELEMENTS)
-        for row in range(0, self.rows, rows_at_once):
-            for column in range(0, self.length, length_at_once):
-                yield Piece(
-                    offset=self.offset + row * self.length + column,
-                    block=self.block + row,
-                    rows=min(rows_at_once, self.rows - row),
-                    length=min(length_at_once, self.length - column),
-                )
+_NO_EDGES: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Blocks(Protocol):
@@ -77,8 +40,12 @@ class Blocks(Protocol):
         """
         ...
 
-    def runs(self, start: int, n: int) -> Iterator[Piece]:
-        """Covers the bucket with as few pieces as possible, in order."""
+    def bounds(self, start: int) -> Bounds:
+        """Where the blocks of a bucket from `start` end."""
+        ...
+
+    def longest(self, n: int) -> int:
+        """No block within n elements has more elements than this."""
         ...
 
 
@@ -106,14 +73,13 @@ class FixedBlocks:
         first = start // self.length
         return range(first, first - (-n // self.length))
 
-    def runs(self, start: int, n: int) -> Iterator[Piece]:
-        """See `Blocks`: the whole blocks, then the last one if it is cut short by the end of the vector."""
-        _require_bucket(start, n, self.start, self.stop, self.length)
-        rows, rest = divmod(n, self.length)
-        if rows:
-            yield Piece(offset=0, block=0, rows=rows, length=self.length)
-        if rest:
-            yield Piece(offset=n - rest, block=rows, rows=1, length=rest)
+    def bounds(self, start: int) -> Bounds:  # noqa: ARG002
+        """See `Blocks`; a bucket starts with a block."""
+        return self.length, _NO_EDGES, 0
+
+    def longest(self, n: int) -> int:
+        """See `Blocks`."""
+        return min(self.length, n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +105,13 @@ class EdgedBlocks:
         first = bisect_right(self.edges, start) - 1
         return range(first, bisect_left(self.edges, start + n) if n else first)
 
-    def runs(self, start: int, n: int) -> Iterator[Piece]:
-        """See `Blocks`: a piece per block."""
-        for block, number in enumerate(self.numbers(start, n)):
-            begin = max(start, self.edges[number])
-            end = min(start + n, self.edges[number + 1])
-            yield Piece(offset=begin - start, block=block, rows=1, length=end - begin)
+    def bounds(self, start: int) -> Bounds:
+        """See `Blocks`."""
+        return 0, self._edges, bisect_right(self.edges, start) - 1
+
+    def longest(self, n: int) -> int:
+        """See `Blocks`."""
+        return n
 
     def stretch(self, start: int, n: int) -> tuple[int, EdgedBlocks]:
         """The number of the first of the whole blocks [start, start + n), and these blocks by themselves.
@@ -158,11 +125,14 @@ class EdgedBlocks:
         first, last = self.edges.index(start), self.edges.index(start + n)
         return first, EdgedBlocks(edges=self.edges[first : last + 1], alignment=1)
 
+    @cached_property
+    def _edges(self) -> NDArray[np.int64]:
+        return np.array(self.edges, np.int64)
+
 
 def _require_bucket(start: int, n: int, range_start: int, range_stop: int, alignment: int) -> None:
     stop = start + n
-    bucket = f"[{start}, {stop})"
     if not range_start <= start <= stop <= range_stop:
-        raise CodecError(refusal(f"a bucket within [{range_start}, {range_stop})", "bucket", bucket))
+        raise CodecError(refusal(f"a bucket within [{range_start}, {range_stop})", "bucket", f"[{start}, {stop})"))
     if n and (start % alignment or (stop % alignment and stop != range_stop)):
-        raise CodecError(refusal(f"a bucket between multiples of {alignment}", "bucket", bucket))
+        raise CodecError(refusal(f"a bucket between multiples of {alignment}", "bucket", f"[{start}, {stop})"))

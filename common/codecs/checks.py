@@ -5,17 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from common.codecs.base import Encoded, Float32
+from common.codecs.cpu.floats import largest_word
 from common.errors import CodecError, refusal
+
+MAGNITUDE = 0x7FFFFFFF
+ALL_BITS = 0xFFFFFFFF
+INFINITE = 0x7F800000
+"""float32 as words."""
 
 
 def require_vector(values: Float32) -> None:
-    """Refuses what is no float32 vector of shape (n,).
+    """Refuses what is no contiguous float32 vector of shape (n,).
 
     Raises:
-        CodecError: another dtype or shape.
+        CodecError: another dtype or shape, or elements apart.
     """
     if values.dtype != np.float32 or values.ndim != 1:
         raise CodecError(refusal("float32 of shape (n,)", "values", f"{values.dtype}{list(values.shape)}"))
+    if not values.flags.c_contiguous:
+        raise CodecError(refusal("contiguous values", "strides", values.strides))
 
 
 def require_finite(values: np.ndarray, start: int, context: str) -> None:
@@ -49,11 +57,9 @@ def require_scales(scales: Float32, count: int, context: str, *, signed: bool = 
     """
     if scales.dtype != np.float32 or scales.shape != (count,):
         raise CodecError(refusal(f"{count} float32 scales", "scales", f"{scales.dtype}{list(scales.shape)}", context))
-    good = np.isfinite(scales)
-    if not signed:
-        good &= ~np.signbit(scales)
-    if not good.all():
-        index = int(np.argmin(good))
+    mask = MAGNITUDE if signed else ALL_BITS
+    if largest_word(scales.view(np.uint32), mask) >= INFINITE:  # a sign bit makes a word larger than infinity's
+        index = int(np.argmax((scales.view(np.uint32) & mask) >= INFINITE))
         rule = "a finite scale" if signed else "a finite scale without sign"
         raise CodecError(refusal(rule, f"scales[{index}]", scales[index], context))
 
@@ -64,6 +70,6 @@ def require_payload(encoded: Encoded, payload_bytes: int, context: str) -> None:
     Raises:
         CodecError: gives both lengths.
     """
-    got = memoryview(encoded.payload).nbytes
+    got = np.frombuffer(encoded.payload, np.uint8).nbytes
     if got != payload_bytes:
         raise CodecError(refusal(f"{payload_bytes} bytes", "payload", f"{got} bytes", context))

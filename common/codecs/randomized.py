@@ -2,9 +2,9 @@
 
 For a block with scale c and s = 2^(bits-1) - 1, each operation rounded to float32 and none fused:
 
-    y      = min((|x| * first) * second, s)     `first`, `second`: `scales.level_factors`, y is |x| / c * s
-    level  = floor(y) + [u < y - floor(y)]      u: `randomness.uniforms` at the flat index of x
-    field  = level or -level (x < 0), two's complement of `bits` bits, packed by `packing.pack`
+    y      = min((|x| * first) * second, s)     `first`, `second`: see `scales`, y is |x| / c * s
+    level  = floor(y) + [u < y - floor(y)]      u: the draw of `randomness` at the flat index of x
+    field  = level or -level (x < 0), two's complement of `bits` bits, packed as in `packing`
     value  = (field * float32(1 / s)) * c
 
 y - floor(y) is exact, and so is s * float32(1 / s) = 1 for all supported s: the element that gives an linf block its
@@ -17,19 +17,21 @@ the sign, so s = 2^(bits-1) - 1 rather than 2^bits; a scale per block, by defaul
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from common.codecs.base import BlockScales, Encoded, Float32, RandomKey
-from common.codecs.blocks import Blocks, EdgedBlocks, Piece
-from common.codecs.checks import require_finite, require_payload, require_scales, require_vector
-from common.codecs.packing import pack, packed_bytes, signed, unpack
-from common.codecs.randomness import uniforms
-from common.codecs.scales import block_scales, level_factors
+from common.codecs.base import BlockScales, Bytes, Encoded, Float32, RandomKey
+from common.codecs.blocks import Blocks, EdgedBlocks
+from common.codecs.checks import require_payload, require_scales, require_vector
+from common.codecs.cpu import randomized as kernels
+from common.codecs.cpu.levels import room_for_levels
+from common.codecs.cpu.packing import room_for_fields
+from common.codecs.cpu.scales import MEASURED, block_end, room_for_sums
+from common.codecs.packing import memory_for, packed_bytes, stream_of
+from common.codecs.scales import NORMS, bucket_scales, excess_refusal, measured_scales, scale_refusal
 from common.config import ScaleNorm
-from common.errors import CodecError, refusal
+from common.errors import CodecError
+
+_LONG_BITS = 16
 
 
 class RandomizedCodec:
@@ -42,6 +44,9 @@ class RandomizedCodec:
         wire_name: see `Codec`.
     """
 
+    biased = False
+    needs_shared_scales = False
+
     def __init__(self, *, blocks: Blocks, bits: int, norm: ScaleNorm, wire_name: str) -> None:
         self.wire_name = wire_name
         self.alignment = blocks.alignment
@@ -49,119 +54,77 @@ class RandomizedCodec:
         self._blocks = blocks
         self._bits = bits
         self._norm = norm
-        self._levels = 2 ** (bits - 1) - 1
+
+    def scale_count(self, start: int, n: int) -> int:
+        """See `Codec`."""
+        return len(self._blocks.numbers(start, n))
+
+    def payload_bytes(self, start: int, n: int) -> int:  # noqa: ARG002
+        """See `Codec`."""
+        return packed_bytes(n, self._bits)
 
     def wire_bytes(self, start: int, n: int) -> int:
         """See `Codec`."""
-        return 4 * len(self._blocks.numbers(start, n)) + packed_bytes(n, self._bits)
+        return 4 * self.scale_count(start, n) + self.payload_bytes(start, n)
 
     def measure(self, values: Float32, start: int) -> BlockScales | None:
         """See `Codec`."""
+        if not isinstance(self._blocks, EdgedBlocks):
+            return None
         return measured_scales(values, start, self._blocks, self._norm)
 
-    def encode(self, values: Float32, start: int, key: RandomKey, measured: BlockScales | None = None) -> Encoded:
+    def encode(
+        self,
+        values: Float32,
+        start: int,
+        key: RandomKey,
+        measured: BlockScales | None = None,
+        *,
+        payload: Bytes | None = None,
+    ) -> Encoded:
         """See `Codec`."""
         require_vector(values)
+        n = len(values)
+        numbers = self._blocks.numbers(start, n)
+        stream = memory_for(payload, packed_bytes(n, self._bits))
         if self.needs_whole_vector:
-            scales = bucket_scales(values, start, self._blocks, measured)
+            scales, norm = bucket_scales(numbers, start, measured), MEASURED
         else:
-            scales = block_scales(values, start, self._blocks, self._norm)
-        factors = level_factors(scales, self._levels)
-        fields: NDArray[Any] = np.empty(len(values), np.int16 if self._bits == 16 else np.int8)
-        for run in self._blocks.runs(start, len(values)):
-            for piece in run.parts():
-                x = piece.of(values)
-                draws = uniforms(key, start + piece.offset, x.size).reshape(x.shape)
-                levels = draw_levels(x, piece, factors, draws, self._levels, fields.dtype)
-                minus = -(x < 0).astype(fields.dtype)
-                piece.of(fields)[...] = (levels ^ minus) - minus  # negates where all bits of minus are set
-        return Encoded(scales=scales, payload=pack(fields, self._bits))
+            scales, norm = np.empty(len(numbers), np.float32), NORMS[self._norm]
+        k0, k1 = key.words()
+        length, edges, first = self._blocks.bounds(start)
+        room = room_for_sums(self._blocks.longest(n))
+        if self._bits == _LONG_BITS:
+            words, levels = stream.view("<i2"), room_for_levels()
+            wrong = kernels.encode_long(values, start, k0, k1, length, edges, first, norm, scales, words, levels, room)
+        else:
+            groups = room_for_fields()
+            wrong = kernels.encode_short(
+                values, start, k0, k1, self._bits, length, edges, first, norm, scales, stream, groups, room
+            )
+        if wrong >= 0:
+            raise self._refusal(values, start, scales, wrong)
+        return Encoded(scales=scales, payload=stream)
 
     def check(self, encoded: Encoded, start: int, n: int) -> None:
         """See `Codec`."""
-        require_scales(encoded.scales, len(self._blocks.numbers(start, n)), f"codec {self.wire_name}")
-        require_payload(encoded, packed_bytes(n, self._bits), f"codec {self.wire_name}")
+        require_scales(encoded.scales, self.scale_count(start, n), f"codec {self.wire_name}")
+        require_payload(encoded, self.payload_bytes(start, n), f"codec {self.wire_name}")
 
-    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool) -> None:
+    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool, key: RandomKey | None = None) -> None:  # noqa: ARG002
         """See `Codec`."""
-        fields = signed(unpack(encoded.payload, len(out), self._bits), self._bits)
-        unit = np.float32(1) / np.float32(self._levels)
-        for run in self._blocks.runs(start, len(out)):
-            for piece in run.parts():
-                values = piece.of(fields).astype(np.float32)
-                values *= unit
-                values *= piece.of_scales(encoded.scales)
-                put(values, piece.of(out), add=add)
+        n = len(out)
+        blocks = self._blocks.bounds(start)
+        stream = stream_of(encoded, packed_bytes(n, self._bits), self.scale_count(start, n))
+        if self._bits == _LONG_BITS:
+            kernels.decode_long(stream.view("<i2"), encoded.scales, start, *blocks, out, add)
+        else:
+            groups = room_for_fields()
+            kernels.decode_short(stream, encoded.scales, start, self._bits, *blocks, out, add, groups)
 
-
-def draw_levels(
-    x: Float32, piece: Piece, factors: tuple[Float32, Float32], draws: Float32, levels: int, dtype: np.dtype[Any]
-) -> NDArray[Any]:
-    """xi * s of equation (A6): the level of each magnitude, rounded up with the probability of its fraction.
-
-    Args:
-        x: float32 of shape (rows, length), finite.
-        piece: where x lies.
-        factors: from `level_factors`, one entry per block of the bucket.
-        draws: float32 of the shape of x, in (0, 1).
-        levels: s.
-        dtype: signed, holds s.
-
-    Returns:
-        Whole numbers from 0 to s, of the shape of x.
-    """
-    first, second = (piece.of_scales(factor) for factor in factors)
-    fractions = np.abs(x)
-    if (first != 1).any():
-        fractions *= first
-    fractions *= second
-    np.minimum(fractions, np.float32(levels), out=fractions)
-    floors = np.floor(fractions)
-    fractions -= floors
-    drawn: NDArray[Any] = floors.astype(dtype)
-    drawn += draws < fractions
-    return drawn
-
-
-def measured_scales(values: Float32, start: int, blocks: Blocks, norm: ScaleNorm) -> BlockScales | None:
-    """`Codec.measure`: the scales of `EdgedBlocks` over a stretch of whole blocks; None for blocks within buckets.
-
-    Raises:
-        CodecError: the stretch cuts a block, a value is NaN or infinite, or a scale overflows.
-    """
-    if not isinstance(blocks, EdgedBlocks):
-        return None
-    require_vector(values)
-    first, stretch = blocks.stretch(start, len(values))
-    return BlockScales(first_block=first, values=block_scales(values, start, stretch, norm))
-
-
-def bucket_scales(values: Float32, start: int, blocks: Blocks, measured: BlockScales | None) -> Float32:
-    """The measured scales of the blocks that a bucket overlaps, copied.
-
-    Raises:
-        CodecError: they are missing or not of these values, or a value is NaN or infinite.
-    """
-    numbers = blocks.numbers(start, len(values))
-    if measured is None:
-        raise CodecError(refusal("scales measured ahead", "measured", None, f"bucket at element {start}"))
-    first = numbers.start - measured.first_block
-    scales = measured.values[max(first, 0) : max(first + len(numbers), 0)].copy()
-    if len(scales) != len(numbers):
-        known = f"{measured.first_block} to {measured.first_block + len(measured.values) - 1}"
-        raise CodecError(refusal(f"scales of the blocks {numbers.start} to {numbers.stop - 1}", "blocks", known))
-    for run in blocks.runs(start, len(values)):
-        largest = np.abs(run.of(values)).max()
-        if not largest <= scales[run.block]:
-            require_finite(values, start, "gradient")
-            rule = f"values within the measured scale {scales[run.block]}"
-            raise CodecError(refusal(rule, "largest magnitude", largest, f"bucket at element {start}"))
-    return scales
-
-
-def put(values: Float32, out: Float32, *, add: bool) -> None:
-    """`out += values` or `out[:] = values`, in place."""
-    if add:
-        out += values
-    else:
-        out[...] = values
+    def _refusal(self, values: Float32, start: int, scales: Float32, wrong: int) -> CodecError:
+        if not self.needs_whole_vector:
+            return scale_refusal(values, start)
+        blocks = self._blocks.bounds(start)
+        begin, end = (block_end(k, start, len(values), *blocks) for k in (wrong - 1, wrong))
+        return excess_refusal(values, start, scales[wrong], slice(begin if wrong else 0, end))

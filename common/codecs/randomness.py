@@ -25,47 +25,5 @@ Source: xorshift-multiply hashes as found by C. Wellons' hash-prospector (the co
 
 from __future__ import annotations
 
-import numpy as np
-
-from common.codecs.base import Float32, RandomKey
-from common.errors import CodecError, refusal
-
 MAXIMAL_ELEMENTS = 1 << 32
 """Length of a flat vector: the element index is one 32-bit word."""
-
-_ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 0x31848BAB))
-_LAST_SHIFT = 14
-_UNIT = np.float32(2.0**-24)
-
-
-def uniforms(key: RandomKey, start: int, n: int) -> Float32:
-    """Draws of the elements [start, start + n).
-
-    Args:
-        key: names the encoding.
-        start: flat index of the first element.
-        n: how many; start + n <= 2^32.
-
-    Returns:
-        float32 of shape (n,), odd multiples of 2^-24 in (0, 1).
-
-    Raises:
-        CodecError: the flat vector is too long for a 32-bit index.
-    """
-    if start + n > MAXIMAL_ELEMENTS:
-        raise CodecError(refusal("at most 2^32 elements", "elements", start + n))
-    first_word, second_word = key.words()
-    x = np.arange(n, dtype=np.uint32)
-    x += np.uint32((start + first_word) % MAXIMAL_ELEMENTS)
-    shifted = np.empty_like(x)
-    for number, (shift, factor) in enumerate(_ROUNDS):
-        x ^= np.right_shift(x, np.uint32(shift), out=shifted)
-        x *= np.uint32(factor)
-        if number == 0:
-            x ^= np.uint32(second_word)
-    x ^= np.right_shift(x, np.uint32(_LAST_SHIFT), out=shifted)
-    x >>= np.uint32(8)
-    x |= np.uint32(1)
-    draws = x.view(np.int32).astype(np.float32)
-    draws *= _UNIT
-    return draws

@@ -35,45 +35,44 @@ def service_name(service: str) -> str:
     return str(ps_pb2.DESCRIPTOR.services_by_name[service].full_name)
 
 
-def service_handler(service: str, implementations: Mapping[str, Callable[..., Any]]) -> grpc.GenericRpcHandler:
+def service_handler(
+    service: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    readers: Mapping[str, Callable[[bytes], Any]] | None = None,
+) -> grpc.GenericRpcHandler:
     """A handler for all methods of a service.
 
     Args:
         service: name in ps.proto.
         implementations: coroutine functions `(request or request_iterator, context)` by method name; all of them.
+        readers: by method name, what reads its requests instead of protobuf; it gives `Malformed` for other bytes.
     """
     handlers = {}
     for method in ps_pb2.DESCRIPTOR.services_by_name[service].methods:
         build = _handler_factory(method.client_streaming, method.server_streaming)
         handlers[method.name] = build(
             implementations[method.name],
-            request_deserializer=_deserializer(_message_class(method.input_type.name)),
+            request_deserializer=(readers or {}).get(method.name)
+            or _deserializer(_message_class(method.input_type.name)),
             response_serializer=_serialize,
         )
     return grpc.method_handlers_generic_handler(service_name(service), handlers)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sized:
-    """A received message with its size on the wire."""
-
-    message: Any
-    size_bytes: int
-
-
-def stub(channel: grpc.Channel, service: str, method_name: str, *, sized: bool = False) -> Callable[..., Any]:
+def stub(
+    channel: grpc.Channel, service: str, method_name: str, *, reader: Callable[[bytes], Any] | None = None
+) -> Callable[..., Any]:
     """A callable for one method; on a streaming method it takes an iterator of requests.
 
-    Requests may be messages or serialized messages; responses are messages, or `Sized` ones.
+    Requests may be messages or serialized messages; responses are messages, or what `reader` makes of them.
     """
     method = ps_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[method_name]
     kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
     build: Callable[..., Callable[..., Any]] = getattr(channel, kind)
-    response_class = _message_class(method.output_type.name)
     return build(
         f"/{service_name(service)}/{method_name}",
         request_serializer=_serialize,
-        response_deserializer=_sized(response_class) if sized else response_class.FromString,
+        response_deserializer=reader or _message_class(method.output_type.name).FromString,
     )
 
 
@@ -123,12 +122,5 @@ def _deserializer(message_class: type[Message]) -> Callable[[bytes], Message | M
             return message_class.FromString(data)
         except DecodeError as error:
             return Malformed(type_name=message_class.__name__, size_bytes=len(data), error=str(error))
-
-    return deserialize
-
-
-def _sized(message_class: type[Message]) -> Callable[[bytes], Sized]:
-    def deserialize(data: bytes) -> Sized:
-        return Sized(message=message_class.FromString(data), size_bytes=len(data))
 
     return deserialize

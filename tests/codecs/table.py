@@ -1,13 +1,18 @@
-"""The table of codecs that one suite runs through, and short ways to encode and decode whole vectors with them."""
+"""The tables that one suite runs through: codecs, and cases that all of their implementations encode to the same bytes.
+
+`CASES` knows no implementation. To test one, build a codec per case with its own `make_codec`, encode, and compare with
+the reference: see `test_backends.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from common.codecs import Codec, Encoded, Float32, RandomKey, make_codec
+from common.codecs import SERVER, Codec, Encoded, Float32, RandomKey, make_codec
 from common.config import CodecSpec
 
 KEY = RandomKey(seed=7, round=3, source=1)
@@ -58,6 +63,11 @@ def decode(codec: Codec, buckets: Sequence[Encoded], d: int, cuts: Sequence[int]
     return out
 
 
+def bytes_of(encoded: Encoded) -> tuple[bytes, bytes]:
+    """Scales and payload, to compare."""
+    return encoded.scales.tobytes(), bytes(encoded.payload)
+
+
 def round_trip(codec: Codec, values: Float32, key: RandomKey = KEY) -> Float32:
     return decode(codec, encode(codec, values, key), len(values))
 
@@ -71,3 +81,120 @@ def exact_vector(d: int) -> Float32:
     index = np.arange(d, dtype=np.uint32)
     numerators = (index * np.uint32(2654435761)).view(np.int32).astype(np.float32)
     return np.ldexp(numerators, (index % 7).astype(np.int32) - 34).astype(np.float32)
+
+
+def finite_patterns(d: int) -> Float32:
+    """Random words that are finite as float32: denormal numbers and magnitudes up to 2^100."""
+    words = np.random.default_rng(d).integers(0, 2**32, d, np.uint32)
+    return np.clip(np.where((words >> 23) & 0xFF == 0xFF, 0, words).astype(np.uint32).view(np.float32), -1e30, 1e30)
+
+
+def on_levels(d: int) -> Float32:
+    """Values on the levels of most widths, just below them, just above them, and halfway."""
+    steps = np.random.default_rng(d).integers(-127, 128, d).astype(np.float32) / np.float32(127)
+    nudged = np.stack([steps, np.nextafter(steps, np.float32(0)), np.nextafter(steps, np.float32(2)), steps / 2])
+    return np.append(nudged[np.arange(d) % 4, np.arange(d)], np.float32(1))[-d:] if d else steps
+
+
+def blocks_of_all_magnitudes(d: int) -> Float32:
+    """Every 64 elements another magnitude, those where the factors change among them."""
+    units = np.array([1e-45, 1e-42, 1e30, 1, 2.0**-64, 2.0**-65, 0, 2.0**64, 2.0**65, 1e-30], np.float32)
+    return np.clip(gaussian(d), -4, 4) * units[np.arange(d) // 64 % len(units)]
+
+
+VALUES: dict[str, Callable[[int], Float32]] = {
+    "gaussian": gaussian,
+    "many magnitudes": exact_vector,
+    "zeros": lambda d: np.zeros(d, np.float32),
+    "minus zeros": lambda d: np.full(d, -0.0, np.float32),
+    "one-hot": lambda d: np.eye(1, d, d // 3, dtype=np.float32)[0] * np.float32(-3),
+    "all equal": lambda d: np.full(d, -0.25, np.float32),
+    "smallest": lambda d: np.where(np.arange(d) % 3, np.float32(1e-45), np.float32(-3e-45)),
+    "denormal": lambda d: gaussian(d) * np.float32(1e-41),
+    "huge": lambda d: gaussian(d) * np.float32(1e30),
+    "on levels": on_levels,
+    "blocks of all magnitudes": blocks_of_all_magnitudes,
+    "finite patterns": finite_patterns,
+}
+SIZES = (0, 1, 2, 7, 8, 9, 15, 63, 64, 65, 511, 513, 2047, 2048, 2049, 4099)
+"""About the sizes of vector registers, groups, blocks and pieces."""
+
+BLOCK_SPECS = [
+    *(CodecSpec(bits=bits, block=block) for bits in (3, 8) for block in (8, 24, 512, 2048, 2056, 8192, 1 << 16)),
+    *(CodecSpec(bits=8, block=block, scale="l2") for block in (8, 24, 4096, 4104, 40_000)),
+    CodecSpec(bits=16, block=5000, scale="l2"),
+]
+ALL_SPECS = [*SPECS, *BLOCK_SPECS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A vector that every implementation of a codec encodes to the same bytes.
+
+    Attributes:
+        name: for people.
+        spec: the codec.
+        values: float32 of shape (n,): all elements of the range of one encoder.
+        start: flat index of values[0].
+        key: of the encoding.
+        cuts: flat indices at which it is cut into buckets.
+    """
+
+    name: str
+    spec: CodecSpec
+    values: Float32
+    start: int = 0
+    key: RandomKey = KEY
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def layer_edges(self) -> tuple[int, ...]:
+        """For `block: layer`; most are no multiples of 8."""
+        return tuple(self.start + edge for edge in layers(self.n))
+
+    def codec(self, make: Callable[..., Codec]) -> Codec:
+        """The encoder, built by a `make_codec`."""
+        return make(self.spec, start=self.start, stop=self.start + self.n, layer_edges=self.layer_edges)
+
+    def buckets(self) -> Iterator[tuple[int, Float32]]:
+        """Start and values of each bucket."""
+        for a, b in pairwise((self.start, *self.cuts, self.start + self.n)):
+            yield a, self.values[a - self.start : b - self.start]
+
+    def encode(self, codec: Codec) -> list[Encoded]:
+        """All buckets."""
+        measured = codec.measure(self.values, self.start)
+        return [codec.encode(values, a, self.key, measured) for a, values in self.buckets()]
+
+
+def _in_range(spec: CodecSpec, values: Float32) -> Float32:
+    return np.clip(values, -65504, 65504) if spec.name == "fp16" else values
+
+
+def _cases() -> Iterator[Case]:
+    for spec in SPECS:
+        name = name_of(spec)
+        for kind, make in VALUES.items():
+            yield Case(name=f"{name} {kind}", spec=spec, values=_in_range(spec, make(1003)))
+        for n in SIZES:
+            yield Case(name=f"{name} {n} elements", spec=spec, values=gaussian(n))
+        unit = 2560  # a multiple of all alignments in SPECS
+        values = gaussian(3 * unit + 77, seed=1)
+        key = RandomKey(seed=2**64 - 1, round=2**40, source=SERVER)
+        yield Case(name=f"{name} other key", spec=spec, values=values, key=key)
+        yield Case(name=f"{name} in buckets", spec=spec, values=values, cuts=(unit, 3 * unit))
+        yield Case(name=f"{name} shard", spec=spec, values=values, start=7 * unit, cuts=(8 * unit,))
+        last = 2**32 // unit * unit - unit
+        yield Case(name=f"{name} at the end of the indices", spec=spec, values=values[: 2**32 - last], start=last)
+    for spec in BLOCK_SPECS:
+        for kind in ("gaussian", "many magnitudes", "blocks of all magnitudes"):
+            yield Case(name=f"{name_of(spec)} {kind}", spec=spec, values=VALUES[kind](70_001))
+
+
+CASES = list(_cases())
+GROUPS = {name: [case for case in CASES if name_of(case.spec) == name] for name in map(name_of, ALL_SPECS)}
+"""The cases by codec."""

@@ -9,24 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import common.codecs.blocks
 from common.codecs import make_codec
-from common.codecs.blocks import EdgedBlocks, FixedBlocks, Piece
-from common.codecs.scales import block_scales, level_factors, sums_of_squares
+from common.codecs.blocks import Blocks, EdgedBlocks, FixedBlocks
+from common.codecs.cpu.scales import block_end
+from common.codecs.scales import block_scales
 from common.config import CodecSpec, ScaleNorm
 from common.errors import CodecError
 from tests.codecs import reference
+from tests.codecs.numpy_reference.scales import level_factors, sums_of_squares
 from tests.codecs.table import KEY, gaussian
+
+
+def ends_of(blocks: Blocks, start: int, n: int) -> list[int]:
+    """Where the blocks of a bucket end, as kernels are told."""
+    return [block_end(k, start, n, *blocks.bounds(start)) for k in range(len(blocks.numbers(start, n)))]
 
 
 def test_fixed_blocks_count_from_flat_index_zero() -> None:
     blocks = FixedBlocks(start=64, stop=1000, length=32)
     assert blocks.numbers(64, 64) == range(2, 4)
     assert blocks.numbers(960, 40) == range(30, 32)
-    assert list(blocks.runs(960, 40)) == [
-        Piece(offset=0, block=0, rows=1, length=32),
-        Piece(offset=32, block=1, rows=1, length=8),
-    ]
+    assert ends_of(blocks, 960, 40) == [32, 40]
 
 
 def test_layers_are_clipped_to_the_range_and_empty_ones_vanish() -> None:
@@ -34,36 +37,25 @@ def test_layers_are_clipped_to_the_range_and_empty_ones_vanish() -> None:
     assert blocks.edges == (16, 20, 50, 90)
     assert blocks.numbers(16, 8) == range(2)
     assert blocks.numbers(24, 24) == range(1, 2)
-    assert [(piece.offset, piece.block, piece.length) for piece in blocks.runs(16, 48)] == [
-        (0, 0, 4),
-        (4, 1, 30),
-        (34, 2, 14),
-    ]
+    assert ends_of(blocks, 16, 48) == [4, 34, 48]
 
 
 @given(st.data())
-def test_pieces_cover_each_element_once_with_its_own_scale(data: st.DataObject) -> None:
+def test_ends_cover_each_element_once_with_its_own_block(data: st.DataObject) -> None:
     d = data.draw(st.integers(1, 400))
     edges = tuple(sorted({0, d, *data.draw(st.sets(st.integers(0, d), max_size=5))}))
-    blocks = data.draw(
-        st.sampled_from(
-            [FixedBlocks(start=0, stop=d, length=8), FixedBlocks(start=0, stop=d, length=48), EdgedBlocks(edges=edges)]
-        )
-    )
+    lengths = [FixedBlocks(start=0, stop=d, length=8), FixedBlocks(start=0, stop=d, length=48)]
+    blocks = data.draw(st.sampled_from([*lengths, EdgedBlocks(edges=edges)]))
     start = data.draw(st.integers(0, (d - 1) // blocks.alignment)) * blocks.alignment
-    place = np.arange(d - start)
-    numbers = blocks.numbers(start, d - start)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.codecs.blocks, "PIECE_ELEMENTS", data.draw(st.sampled_from([1, 7, 64, 100])))
-        pieces = [piece for run in blocks.runs(start, d - start) for piece in run.parts()]
-        assert all(piece.rows * piece.length <= max(common.codecs.blocks.PIECE_ELEMENTS, 1) for piece in pieces)
-    assert np.concatenate([piece.of(place).ravel() for piece in pieces]).tolist() == place.tolist()
-    for piece in pieces:
-        for number, row in zip(piece.of_scales(np.array(numbers))[:, 0], piece.of(place) + start, strict=True):
+    ends = ends_of(blocks, start, d - start)
+    assert (ends[-1], ends) == (d - start, sorted(set(ends)))
+    for number, begin, end in zip(blocks.numbers(start, d - start), [0, *ends], ends, strict=False):
+        for element in range(start + begin, start + end):
             if isinstance(blocks, FixedBlocks):
-                assert set(row // blocks.length) == {number}
+                assert element // blocks.length == number
             else:
-                assert edges[number] <= row.min() <= row.max() < edges[number + 1]
+                assert edges[number] <= element < edges[number + 1]
+        assert end - begin <= blocks.longest(d - start)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_narrow_floats_round_to_the_nearest_and_ties_to_even(word: int, name: st
     if not np.isfinite(value[0]) or abs(value[0]) > {"fp16": 65000, "bf16": 3.38e38}[name]:
         return
     codec = build(CodecSpec(name=name), 1)
-    pattern = int.from_bytes(codec.encode(value, 0, KEY).payload, "little")
+    pattern = int.from_bytes(bytes(codec.encode(value, 0, KEY).payload), "little")
     neighbours = np.array([max((pattern & 0x7FFF) - 1, 0), pattern & 0x7FFF, (pattern & 0x7FFF) + 1], np.uint16)
     if name == "fp16":
         magnitudes = neighbours.view(np.float16).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The bit stream: layout by hand, against a naive one, and joined at multiples of eight fields."""
+"""The bit stream: layout by hand, the NumPy reference against a naive one, and the memory that it travels in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.codecs.packing import pack, packed_bytes, signed, unpack
+from common.codecs import Encoded
+from common.codecs.packing import memory_for, packed_bytes, stream_of
+from common.errors import CodecError
 from tests.codecs import reference
+from tests.codecs.numpy_reference.packing import pack, signed, unpack
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 16]
 
@@ -44,7 +47,25 @@ def test_streams_join_at_multiples_of_eight_fields(bits: int) -> None:
     assert pack(fields[:40], bits) + pack(fields[40:], bits) == pack(fields, bits)
 
 
-def test_whole_bytes_are_unpacked_without_a_copy() -> None:
+def test_a_stream_is_not_copied() -> None:
     payload = bytes(100)
-    assert np.shares_memory(unpack(payload, 100, 8), np.frombuffer(payload, np.uint8))
-    assert np.shares_memory(unpack(payload, 50, 16), np.frombuffer(payload, np.uint8))
+    stream = stream_of(Encoded(scales=np.zeros(3, np.float32), payload=payload), 100, 3)
+    assert np.shares_memory(stream, np.frombuffer(payload, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        np.empty(9, np.uint8),
+        np.empty(11, np.uint8),
+        np.empty(10, np.int8),
+        np.empty((10, 1), np.uint8),
+        np.empty(20, np.uint8)[::2],
+        np.frombuffer(bytes(10), np.uint8),
+    ],
+)
+def test_memory_that_does_not_fit_is_refused(payload: np.ndarray) -> None:
+    memory = np.empty(11, np.uint8)[1:]
+    assert memory_for(memory, 10) is memory
+    with pytest.raises(CodecError, match=r"expected writable uint8\[10\], got payload="):
+        memory_for(payload, 10)

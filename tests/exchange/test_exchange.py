@@ -74,8 +74,7 @@ def reference(layout: Layout, spec: JobSpec, rounds: int) -> list[tuple[bytes, b
             push.decode(encoded, 0, decoded, add=False)
             total = decoded if worker == 0 else total + decoded
         average = total / np.float32(spec.workers)
-        for shard in range(spec.servers):
-            start, stop = layout.shard_edges[shard], layout.shard_edges[shard + 1]
+        for (start, stop), shard in {layout.encoder_range(shard): shard for shard in range(spec.servers)}.items():
             pull = pull_codec(layout, spec, shard)
             part = average[start:stop].copy()
             key = RandomKey(seed=spec.seed, round=round_, source=SERVER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from common.wire import rpc
 from common.wire.v1 import ps_pb2 as wire
 from tests.exchange.raw import EXCHANGE, RawStream, raw_channel
 from tests.support import DEADLINE_S, DIGEST, TENSORS, introduce, job, members, ready, running_server, running_servers
-from worker.daemon import AbortRelay
 from worker.exchange import ps
 from worker.exchange.coordination import End, connect, tensor_messages
+from worker.interruptions import AbortRelay
 
 
 def test_a_server_that_is_there_but_stuck_is_given_up_naming_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,7 @@ def test_a_server_that_is_there_but_stuck_is_given_up_naming_it(monkeypatch: pyt
         server.call(free.wait, DEADLINE_S)
         layout = joined[0].layout
         with pytest.raises(
-            PeerLostError, match=rf"no average of round 0 within 0\.6 s from {server.address} \(shard 0\)"
+            PeerLostError, match=rf"no (Welcome|average of round 0) within 0\.6 s from {server.address} \(shard 0\)"
         ):
             joined[0].exchange.average(0, np.zeros(layout.d, np.float32), np.zeros(layout.e, np.float32), DIGEST)
         free.set()
@@ -148,5 +149,8 @@ def test_an_abort_that_comes_before_there_is_an_exchange_is_not_lost() -> None:
         relay.raise_if_aborted()
     with pytest.raises(PeerLostError, match="worker-3 is gone"):
         connect("127.0.0.1:1", DEADLINE_S, 10.0, relay.raise_if_aborted)
-    relay.attach(lambda text, retry: heard.append((text, retry)))
+    relay.stop_requested("SIGTERM")
+    exchange = SimpleNamespace(fail=lambda text, retry: heard.append((text, retry)), stop_requested=None)
+    relay.attach(exchange)
     assert heard == [("worker-3 is gone", True)]
+    assert exchange.stop_requested == "SIGTERM"

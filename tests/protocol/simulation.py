@@ -136,7 +136,8 @@ class Server:
                 case r.Add():
                     content = self._held.pop((effect.worker_index, effect.bucket), encoded)
                     assert content is not None
-                    self._reducer.add(effect.bucket, content, first=effect.first)
+                    worker = effect.worker_index
+                    self._reducer.add(effect.bucket, content, worker=worker, round_=effect.round, first=effect.first)
                     self.added[round_, effect.bucket, effect.worker_index] += 1
                 case r.Publish():
                     self._publish(effect)

@@ -38,13 +38,18 @@ DIGEST = bytes(16)
 
 
 def machine(
-    workers: int = 2, buckets: Iterable[int] = (4, 5), together: Iterable[int] = (), first_round: int = 0
+    workers: int = 2,
+    buckets: Iterable[int] = (4, 5),
+    together: Iterable[int] = (),
+    first_round: int = 0,
+    any_order: Iterable[int] = (),
 ) -> Rounds:
     config = RoundsConfig(
         view=1,
         worker_ids=NAMES[:workers],
         buckets=tuple(buckets),
         together=frozenset(together),
+        any_order=frozenset(any_order),
         first_round=first_round,
         deadline_s=60.0,
         report_s=5.0,
@@ -101,7 +106,7 @@ def test_round_closes_with_the_last_contribution_to_the_last_bucket_and_the_next
     run(rounds, contribution(0, 4), contribution(1, 4), contribution(0, 5))
     assert rounds.round == 0
     assert run(rounds, contribution(1, 5)) == [
-        Add(worker_index=1, bucket=5, first=False),
+        Add(worker_index=1, round=0, bucket=5, first=False),
         Publish(round=0, buckets=(5,)),
     ]
     assert rounds.round == 1
@@ -114,8 +119,12 @@ def test_one_worker_alone_closes_rounds() -> None:
     first = run(rounds, contribution(0, 0))
     second = run(rounds, contribution(0, 0, round_=1))
     third = run(rounds, contribution(0, 0, round_=2))
-    assert first == [Add(worker_index=0, bucket=0, first=True), Publish(round=0, buckets=(0,))]
-    assert second == [Add(worker_index=0, bucket=0, first=True), Publish(round=1, buckets=(0,)), Forget(round=0)]
+    assert first == [Add(worker_index=0, round=0, bucket=0, first=True), Publish(round=0, buckets=(0,))]
+    assert second == [
+        Add(worker_index=0, round=1, bucket=0, first=True),
+        Publish(round=1, buckets=(0,)),
+        Forget(round=0),
+    ]
     assert third[-1] == Forget(round=1)
 
 
@@ -142,7 +151,7 @@ def test_copy_of_an_added_contribution_is_ignored_and_not_added_again() -> None:
     rounds = machine()
     run(rounds, contribution(0, 4))
     assert run(rounds, contribution(0, 4)) == [Ignore(worker_index=0, round=0, bucket=4)]
-    assert run(rounds, contribution(1, 4))[0] == Add(worker_index=1, bucket=4, first=False)
+    assert run(rounds, contribution(1, 4))[0] == Add(worker_index=1, round=0, bucket=4, first=False)
 
 
 def test_copy_whose_bucket_is_published_is_answered_with_the_average() -> None:
@@ -169,12 +178,12 @@ def test_contributions_are_added_in_order_of_worker_index_and_held_before_their_
     assert run(rounds, contribution(2, 4)) == [Hold(worker_index=2, bucket=4)]
     assert run(rounds, contribution(1, 4)) == [Hold(worker_index=1, bucket=4)]
     assert run(rounds, contribution(0, 4)) == [
-        Add(worker_index=0, bucket=4, first=True),
-        Add(worker_index=1, bucket=4, first=False),
-        Add(worker_index=2, bucket=4, first=False),
+        Add(worker_index=0, round=0, bucket=4, first=True),
+        Add(worker_index=1, round=0, bucket=4, first=False),
+        Add(worker_index=2, round=0, bucket=4, first=False),
     ]
     assert run(rounds, contribution(3, 4)) == [
-        Add(worker_index=3, bucket=4, first=False),
+        Add(worker_index=3, round=0, bucket=4, first=False),
         Publish(round=0, buckets=(4,)),
     ]
 
@@ -182,7 +191,7 @@ def test_contributions_are_added_in_order_of_worker_index_and_held_before_their_
 def test_turns_of_different_buckets_are_independent() -> None:
     """Rule 3: the order is one of each bucket."""
     rounds = machine()
-    assert run(rounds, contribution(0, 4)) == [Add(worker_index=0, bucket=4, first=True)]
+    assert run(rounds, contribution(0, 4)) == [Add(worker_index=0, round=0, bucket=4, first=True)]
     assert run(rounds, contribution(1, 5)) == [Hold(worker_index=1, bucket=5)]
 
 
@@ -266,7 +275,9 @@ def test_digest_may_change_from_round_to_round() -> None:
     """Rule 5: "All contributions of one round"."""
     rounds = machine(workers=1, buckets=[4])
     run(rounds, contribution(0, 4, digest=b"\x01"))
-    assert run(rounds, contribution(0, 4, round_=1, digest=b"\x02"))[0] == Add(worker_index=0, bucket=4, first=True)
+    assert run(rounds, contribution(0, 4, round_=1, digest=b"\x02"))[0] == Add(
+        worker_index=0, round=1, bucket=4, first=True
+    )
 
 
 # Rule 6: Publishing
@@ -278,8 +289,8 @@ def test_bucket_is_published_once_while_others_still_wait() -> None:
     effects = run(rounds, contribution(1, 5), contribution(0, 5), contribution(1, 5))
     assert effects == [
         Hold(worker_index=1, bucket=5),
-        Add(worker_index=0, bucket=5, first=True),
-        Add(worker_index=1, bucket=5, first=False),
+        Add(worker_index=0, round=0, bucket=5, first=True),
+        Add(worker_index=1, round=0, bucket=5, first=False),
         Publish(round=0, buckets=(5,)),
         SendAverage(worker_index=1, round=0, bucket=5),
     ]
@@ -289,11 +300,11 @@ def test_bucket_is_published_once_while_others_still_wait() -> None:
 def test_buckets_with_common_scales_are_published_together_after_the_last_of_them() -> None:
     """Rule 6: "where the average's scales span the shard, all ... are published together"; others are not held up."""
     rounds = machine(workers=1, buckets=[4, 5, 6], together=[5, 4])
-    assert run(rounds, contribution(0, 5)) == [Add(worker_index=0, bucket=5, first=True)]
+    assert run(rounds, contribution(0, 5)) == [Add(worker_index=0, round=0, bucket=5, first=True)]
     assert run(rounds, contribution(0, 6))[-1] == Publish(round=0, buckets=(6,))
     assert run(rounds, contribution(0, 5)) == [Ignore(worker_index=0, round=0, bucket=5)]
     assert run(rounds, contribution(0, 4)) == [
-        Add(worker_index=0, bucket=4, first=True),
+        Add(worker_index=0, round=0, bucket=4, first=True),
         Publish(round=0, buckets=(4, 5)),
     ]
     assert rounds.round == 1
@@ -464,3 +475,14 @@ def test_events_and_effects_are_frozen_and_carry_no_tensors() -> None:
         assert {str(column.type) for column in fields(kind)} <= plain, kind
     with pytest.raises(FrozenInstanceError):
         hello(0).round = 3  # type: ignore[misc]
+
+
+def test_contributions_whose_order_does_not_matter_are_added_as_they_come() -> None:
+    """Rule 3: "Where any order gives the same bits, each is added as it comes"."""
+    rounds = machine(workers=3, buckets=(4, 5), any_order=frozenset({4}))
+    assert run(rounds, contribution(2, 4)) == [Add(worker_index=2, round=0, bucket=4, first=True)]
+    assert run(rounds, contribution(2, 4)) == [Ignore(worker_index=2, round=0, bucket=4)]
+    assert run(rounds, contribution(0, 4)) == [Add(worker_index=0, round=0, bucket=4, first=False)]
+    assert run(rounds, contribution(2, 5)) == [Hold(worker_index=2, bucket=5)]
+    last = [Add(worker_index=1, round=0, bucket=4, first=False), Publish(round=0, buckets=(4,))]
+    assert run(rounds, contribution(1, 4)) == last

@@ -110,7 +110,9 @@ class Oracle:
         after = self.added(round_, bucket)
         if before == after:
             return [Hold(worker_index=worker, bucket=bucket)]
-        effects: list[Effect] = [Add(worker_index=w, bucket=bucket, first=w == 0) for w in range(before, after)]
+        effects: list[Effect] = [
+            Add(worker_index=w, round=round_, bucket=bucket, first=w == 0) for w in range(before, after)
+        ]
         if self.published(round_, bucket):
             effects.append(Publish(round=round_, buckets=self.group(bucket)))
         if self.open_round > round_ > self.config.first_round:
@@ -213,7 +215,7 @@ def test_any_order_of_a_rounds_contributions_gives_the_same_adds_per_bucket(
     effects = run(rounds, *events, now_s=0.0)
     for bucket in config.buckets:
         adds = [effect for effect in effects if isinstance(effect, Add) and effect.bucket == bucket]
-        assert adds == [Add(worker_index=w, bucket=bucket, first=w == 0) for w in workers]
+        assert adds == [Add(worker_index=w, round=config.first_round, bucket=bucket, first=w == 0) for w in workers]
     published = [bucket for effect in effects if isinstance(effect, Publish) for bucket in effect.buckets]
     assert sorted(published) == list(config.buckets)
     assert rounds.round == config.first_round + 1

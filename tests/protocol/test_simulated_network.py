@@ -73,8 +73,7 @@ def reference(simulation: Simulation) -> dict[int, Averages]:
         keys = [RandomKey(seed=spec.seed, round=round_, source=source) for source in (*range(spec.workers), SERVER)]
         pushed = [through(push_codec(layout, spec), gradient, 0, keys[i]) for i, (gradient, _) in enumerate(local)]
         average = mean(pushed)
-        for shard in range(spec.servers):
-            start, stop = layout.shard_edges[shard : shard + 2]
+        for (start, stop), shard in {layout.encoder_range(shard): shard for shard in range(spec.servers)}.items():
             average[start:stop] = through(pull_codec(layout, spec, shard), average[start:stop], start, keys[-1])
         averages[round_] = average, mean([state for _, state in local])
     return averages

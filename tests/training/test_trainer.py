@@ -18,11 +18,12 @@ from worker.attacks import make_attack
 from worker.data import BatchPlan, Dataset
 from worker.datasets import load_dataset
 from worker.evaluation import Evaluation
-from worker.exchange.coordination import End, connect
+from worker.exchange.coordination import End
 from worker.exchange.ps import ParameterServerExchange
 from worker.metrics import RoundMetrics
 from worker.models import build_model
 from worker.randomness import Purpose, round_generator
+from worker.readiness import backward_order
 from worker.replica import Replica
 from worker.schedules import Schedule
 from worker.trainer import RoundReport, Trainer
@@ -78,12 +79,12 @@ def train_one(
     channel, coordination, _ = introduce(address, f"worker-{number}")
     model = model_for(spec, dataset)
     prepare(model)
-    replica = Replica(model, spec.optimizer)
+    order = backward_order(model, dataset.train.images(torch.arange(2)))
+    replica = Replica(model, spec.optimizer, order)
     layout = plan_layout(replica.tensors, spec)
     admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
-    channels = [channel, *(connect(shard, 10.0, 10.0) for shard in admission.shard_addresses[1:])]
     exchange = ParameterServerExchange(
-        layout=layout, spec=spec, admission=admission, channels=channels, first_round=0, emit=silent()
+        layout=layout, spec=spec, admission=admission, first_round=0, emit=silent()
     )
     recording = Recording()
     trainer = Trainer(
@@ -93,6 +94,7 @@ def train_one(
         plan=plan_for(spec, dataset),
         worker_index=admission.worker_index,
         exchange=exchange,
+        layout=layout,
         device=torch.device("cpu"),
         recorder=recording,
         stop_requested=lambda: False,
@@ -102,8 +104,7 @@ def train_one(
     end = End(ending=wire.ENDING_COMPLETED)
     exchange.close(end)
     coordination.leave(end, replica.replica_digest())
-    for opened in channels:
-        opened.close()
+    channel.close()
     return replica, recording
 
 
@@ -298,7 +299,7 @@ def test_a_worker_that_is_asked_to_stop_stops_all_of_them_after_the_same_round()
         layout = plan_layout(replica.tensors, spec)
         admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
         exchange = ParameterServerExchange(
-            layout=layout, spec=spec, admission=admission, channels=[channel], first_round=0, emit=silent()
+            layout=layout, spec=spec, admission=admission, first_round=0, emit=silent()
         )
         recording = Recording()
         trainer = Trainer(
@@ -308,6 +309,7 @@ def test_a_worker_that_is_asked_to_stop_stops_all_of_them_after_the_same_round()
             plan=plan_for(spec, dataset),
             worker_index=admission.worker_index,
             exchange=exchange,
+            layout=layout,
             device=torch.device("cpu"),
             recorder=recording,
             stop_requested=(lambda: next(asked)) if number == 1 else (lambda: False),

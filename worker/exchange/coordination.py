@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from common.config import JobSpec
+from common.config import JobSpec, Topology
 from common.errors import DatpsError, MismatchError, PeerLostError, clipped, refusal
 from common.events import Emitter
 from common.layout import Layout, TensorSpec
@@ -43,7 +43,12 @@ class End:
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """This worker's place in the view."""
+    """This worker's place in the view.
+
+    Attributes:
+        shard_addresses: host:port by shard; with dedicated servers, shard 0 is reached as the coordinator is.
+        worker_addresses: what each worker said of itself when it was ready, by worker_index, if they said anything.
+    """
 
     worker_index: int
     view: int
@@ -51,17 +56,23 @@ class Admission:
     samples: tuple[int, ...]
     shard_addresses: tuple[str, ...]
     coordinator_incarnation: int
+    worker_addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyReplica:
-    """What a worker says of itself when it is ready."""
+    """What a worker says of itself when it is ready.
+
+    Attributes:
+        address: host:port that it serves on, if the topology asks for one.
+    """
 
     layout: Layout
     replica_digest: bytes
     round: int
     samples: int
     classes: str
+    address: str = ""
 
 
 def connect(
@@ -103,10 +114,20 @@ class Coordination:
         self._emit = emit
         self._incarnation = 0
         self._view = 0
+        self._topology = Topology.DEDICATED
         self._outgoing: queue.SimpleQueue[wire.JoinRequest | None] = queue.SimpleQueue()
         self._responses = rpc.stub(channel, rpc.COORDINATOR, "Join")(self._requests())
         self._watcher: threading.Thread | None = None
         self._left = False
+
+    def _shard_addresses(self, admission: wire.Admission) -> tuple[str, ...]:
+        match self._topology:
+            case Topology.DEDICATED:
+                return (self._address, *admission.shard_addresses[1:])
+            case Topology.COLOCATED:
+                return tuple(admission.worker_addresses)
+            case Topology.COLLECTIVE:
+                return ()
 
     def introduce(self, job_id: str | None, deadline_s: float) -> JobSpec:
         """Says who we are; returns the job spec.
@@ -121,7 +142,9 @@ class Coordination:
         self._outgoing.put(wire.JoinRequest(introduction=introduction))
         offer = self._await("offer", deadline_s).offer
         self._incarnation = offer.incarnation
-        return job_spec_from_json(offer.job_spec)
+        spec = job_spec_from_json(offer.job_spec)
+        self._topology = spec.exchange.topology
+        return spec
 
     def get_ready(self, replica: ReadyReplica, deadline_s: float) -> Admission:
         """Says that the replica is built; returns once the view has formed.
@@ -138,6 +161,7 @@ class Coordination:
             round=replica.round,
             samples=replica.samples,
             classes=replica.classes,
+            address=replica.address,
         )
         self._outgoing.put(wire.JoinRequest(readiness=readiness))
         admission = self._await("admission", deadline_s).admission
@@ -147,17 +171,25 @@ class Coordination:
             view=admission.view,
             worker_ids=tuple(admission.worker_ids),
             samples=tuple(admission.samples),
-            shard_addresses=(self._address, *admission.shard_addresses[1:]),
+            shard_addresses=self._shard_addresses(admission),
+            worker_addresses=tuple(admission.worker_addresses),
             coordinator_incarnation=self._incarnation,
         )
 
-    def watch(self, aborted: Callable[[str, bool], None]) -> None:
-        """From now on calls `aborted(text, retry)` if the server ends the job or is gone."""
+    def watch(
+        self, aborted: Callable[[str, bool], None], stop_requested: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """From now on calls `aborted(text, retry)` if the server ends the job or is gone.
+
+        And `stop_requested(text)` if it asks to stop after the round.
+        """
 
         def read() -> None:
             try:
                 for response in self._responses:
-                    if response.WhichOneof("kind") == "abort":
+                    if response.WhichOneof("kind") == "stop":
+                        stop_requested(response.stop.text)
+                    elif response.WhichOneof("kind") == "abort":
                         aborted(response.abort.text, response.abort.retry)
                         return
                 text = f"server {self._address} closed the Join stream"

@@ -1,7 +1,8 @@
 """The exchange over gRPC with parameter servers: a thin shell around the session.
 
-The caller's thread encodes buckets and queues them; one thread per shard receives and decodes averages. So a bucket is
-on its way while the next one is being encoded, and decoded while others are still on their way.
+Three threads: the caller's says which buckets are ready; one encodes them, in the order of their numbers; one moves the
+messages of all streams and decodes averages. So a bucket is on its way while the next one is being encoded (or backward
+is still computing it), and decoded while others are still on their way.
 """
 
 from __future__ import annotations
@@ -9,53 +10,34 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 import numpy as np
 
-from common.codecs import BlockScales, Codec, Encoded, Float32, RandomKey
+from common.codecs import SERVER, BlockScales, Codec, Float32, RandomKey
 from common.config import JobSpec
 from common.errors import CodecError, DatpsError, MismatchError, PeerLostError, refusal
 from common.events import Emitter
 from common.layout import Bucket, BucketKind, Layout, pull_codec, push_codec, state_codec
+from common.timeline import OFF, Timeline
 from common.wire import rpc
+from common.wire.frames import BucketMessage, new_frame
+from common.wire.rpc import Malformed
 from common.wire.v1 import ps_pb2 as wire
 from worker import session as s
 from worker.exchange.base import Traffic
-from worker.exchange.coordination import Admission, End, status_text, tensor_messages
+from worker.exchange.coordination import LOOK_S, Admission, End, status_text, tensor_messages
+from worker.exchange.streams import ShardStream, StreamLoop
 
 FAREWELL_S = 5.0
 GRACE_S = 10.0
 """What a server gets beyond its own deadline, which knows whom it waits for, before we give it up."""
 
 
-class _ShardStream:
-    """One Exchange stream: outgoing messages are queued, incoming ones read by a thread of its own."""
-
-    def __init__(self, channel: grpc.Channel, address: str, shard: int) -> None:
-        self.address = address
-        self.shard = shard
-        self.incarnation = 0
-        self.thread: threading.Thread | None = None
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        exchange = rpc.stub(channel, rpc.AGGREGATOR, "Exchange", sized=True)
-        self.responses = exchange(iter(self._outgoing.get, None))
-
-    def put(self, message: wire.WorkerMessage) -> int:
-        """Queues a message; returns its size on the wire."""
-        data = message.SerializeToString()
-        self._outgoing.put(data)
-        return len(data)
-
-    def end(self) -> None:
-        """Ends our side of the stream once everything queued is written."""
-        self._outgoing.put(None)
-
-
 class ParameterServerExchange:
-    """One worker's exchange with all shards."""
+    """One worker's exchange with all shards; see `worker.exchange.base.Exchange`."""
 
     def __init__(
         self,
@@ -63,72 +45,124 @@ class ParameterServerExchange:
         layout: Layout,
         spec: JobSpec,
         admission: Admission,
-        channels: Iterable[grpc.Channel],
         first_round: int,
         emit: Emitter,
+        timeline: Timeline = OFF,
+        carried: frozenset[int] | None = None,
+        connect_s: float = 60.0,
+        give_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """`channels`: by shard; the streams are opened at once."""
+        """
+        Args:
+            layout: how the vectors are cut.
+            spec: the job.
+            admission: this worker's place.
+            first_round: the round to begin with.
+            emit: told for whom a server waits.
+            timeline: of this process.
+            carried: the buckets that this exchange is for, others of this worker being for the rest; None: all.
+            connect_s: how long to wait for the servers to answer.
+            give_up: called now and then while waiting for them; raises if that has become pointless.
+
+        Raises:
+            PeerLostError: a server does not answer.
+        """
         self.stop_requested: str | None = None
+        self._timeline = timeline
         self._layout = layout
         self._spec = spec
         self._admission = admission
         self._emit = emit
         self._push = push_codec(layout, spec)
-        self._pull = [pull_codec(layout, spec, shard) for shard in range(layout.servers)]
+        self._pull = [pull_codec(layout, spec, shard) for shard in range(layout.shards)]
         self._state_codec = state_codec(layout)
         shard_of = tuple(bucket.shard for bucket in layout.buckets)
-        self._session = s.Session(shard_of, first_round=first_round)
+        self._carried = carried
+        self._buckets = tuple(b for b in layout.buckets if carried is None or b.number in carried)
+        self._session = s.Session(shard_of, first_round=first_round, carried=carried)
         self._condition = threading.Condition()
         self._failure: DatpsError | None = None
-        self._closing = False
-        self._kept: dict[tuple[int, int], Encoded] = {}
+        self._closing = self._abandoned = False
+        self._kept: dict[tuple[int, int], bytes] = {}
         self._awaited: set[int] = set()
+        self._is_ready = [False] * len(layout.buckets)
+        self._next = 0
+        self._measured: BlockScales | None = None
         self._pushed_bytes = self._pulled_bytes = 0
+        self._started_s = 0.0
         self._digest = b""
+        self._round = first_round - 1
         self._gradient = self._state = np.empty(0, np.float32)
-        self._streams = [
-            _ShardStream(channel, address, shard)
-            for shard, (channel, address) in enumerate(zip(channels, admission.shard_addresses, strict=True))
-        ]
-        for stream in self._streams:
-            stream.put(wire.WorkerMessage(hello=self._hello(stream.shard, first_round)))
-            stream.thread = threading.Thread(
-                target=self._read, args=(stream,), name=f"pull-{stream.shard}", daemon=True
-            )
-            stream.thread.start()
+        self._encoder = threading.Thread(target=self._encode_all, name="encode", daemon=True)
+        self._to_encode: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+        self._encoder.start()
+        shards = {bucket.shard for bucket in self._buckets}
+        self._loop = StreamLoop("streams")
+        self._streams = {
+            shard: ShardStream(self._loop, address, shard, timeline)
+            for shard, address in enumerate(admission.shard_addresses)
+            if shard in shards
+        }
+        try:
+            self._connect(connect_s, give_up)
+        except BaseException:
+            self.abandon()
+            raise
+        for stream in self._streams.values():
+            stream.put(wire.WorkerMessage(hello=self._hello(stream.shard, first_round)).SerializeToString())
+            self._loop.start(self._read(stream))
 
     @property
     def worker_id(self) -> str:
         """Our own name."""
         return self._admission.worker_ids[self._admission.worker_index]
 
-    def average(self, round_: int, gradient: Float32, state: Float32, parameter_digest: bytes) -> Traffic:
+    def begin(self, round_: int, gradient: Float32, parameter_digest: bytes) -> None:
         """See `worker.exchange.base.Exchange`."""
-        started_s = time.perf_counter()
         with self._condition:
-            self._raise_failure()
+            self._wait_for(lambda: all(stream.incarnation is not None for stream in self._streams.values()))
             self._session.handle(s.BeginRound(round=round_))
-            self._gradient, self._state, self._digest = gradient, state, parameter_digest
+            self._round, self._gradient, self._digest = round_, gradient, parameter_digest
             self._pushed_bytes = self._pulled_bytes = 0
-            self._awaited = {bucket.number for bucket in self._layout.buckets}
-        key = RandomKey(seed=self._spec.seed, round=round_, source=self._admission.worker_index)
-        measured = self._measure(gradient, round_)
-        for bucket in self._layout.buckets:
-            encoded = self._encode(bucket, round_, key, measured)
-            with self._condition:
-                self._raise_failure()
-                self._kept[round_, bucket.number] = encoded
-                self._perform(self._session.handle(s.BucketEncoded(bucket=bucket.number)))
+            self._awaited = {bucket.number for bucket in self._buckets}
+            self._is_ready = [False] * len(self._layout.buckets)
+            self._next, self._measured = 0, None
+            self._started_s = 0.0
+
+    def ready(self, buckets: Iterable[int]) -> None:
+        """See `worker.exchange.base.Exchange`."""
         with self._condition:
-            deadline_s = self._spec.deadlines.round_s + GRACE_S
-            if not self._condition.wait_for(lambda: self._failure or not self._awaited, timeout=deadline_s):
-                self._set_failure(self._silence(deadline_s, round_))
-            self._raise_failure()
+            self._started_s = self._started_s or time.perf_counter()
+            for number in buckets:
+                self._is_ready[number] = True
+            whole = self._push.needs_whole_vector and not all(
+                ready or bucket.kind is not BucketKind.GRADIENT
+                for ready, bucket in zip(self._is_ready, self._layout.buckets, strict=True)
+            )
+            while not whole and self._next < len(self._buckets) and self._is_ready[self._buckets[self._next].number]:
+                self._to_encode.put(self._buckets[self._next])
+                self._next += 1
+
+    def finish(self, state: Float32) -> Traffic:
+        """See `worker.exchange.base.Exchange`."""
+        called_s = time.perf_counter()
+        self._state = state
+        self.ready(bucket.number for bucket in self._layout.of_kind(BucketKind.STATE))
+        with self._condition:
+            self._wait_for(lambda: not self._awaited)
+            now_s = time.perf_counter()
             return Traffic(
                 pushed_bytes=self._pushed_bytes,
                 pulled_bytes=self._pulled_bytes,
-                seconds=time.perf_counter() - started_s,
+                seconds=now_s - self._started_s,
+                waited_s=now_s - called_s,
             )
+
+    def average(self, round_: int, gradient: Float32, state: Float32, parameter_digest: bytes) -> Traffic:
+        """A whole round of a gradient that is complete: `begin`, `ready`, `finish`."""
+        self.begin(round_, gradient, parameter_digest)
+        self.ready(bucket.number for bucket in self._layout.of_kind(BucketKind.GRADIENT))
+        return self.finish(state)
 
     def fail(self, text: str, retry: bool) -> None:
         """Ends the session from outside: the coordinator has aborted the job or is gone."""
@@ -139,18 +173,39 @@ class ParameterServerExchange:
         """Says Goodbye to all shards and waits, not for long, until they have heard it."""
         with self._condition:
             self._closing = True
-        for stream in self._streams:
-            goodbye = wire.Goodbye(ending=end.ending, text=end.text, retry=end.retry)
-            stream.put(wire.WorkerMessage(goodbye=goodbye))
+        goodbye = wire.Goodbye(ending=end.ending, text=end.text, retry=end.retry)
+        for stream in self._streams.values():
+            stream.put(wire.WorkerMessage(goodbye=goodbye).SerializeToString())
             stream.end()
         deadline_s = time.monotonic() + FAREWELL_S
-        for stream in self._streams:
-            if stream.thread:
-                stream.thread.join(max(0.0, deadline_s - time.monotonic()))
-            stream.responses.cancel()
+        for stream in self._streams.values():
+            stream.ended.wait(max(0.0, deadline_s - time.monotonic()))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Ends everything at once, without a word; the servers take us for dead unless `close` came before."""
+        with self._condition:
+            if self._abandoned:
+                return
+            self._abandoned = self._closing = True
+        self._to_encode.put(None)
+        self._encoder.join(FAREWELL_S)
+        for stream in self._streams.values():
+            self._loop.run(stream.close())
+        self._loop.close()
+
+    def _connect(self, connect_s: float, give_up: Callable[[], None]) -> None:
+        until_s, keepalive_s = time.monotonic() + connect_s, self._spec.deadlines.keepalive_s
+        for stream in self._streams.values():
+            while not self._loop.run(stream.connect(LOOK_S, keepalive_s)):
+                give_up()
+                if time.monotonic() >= until_s:
+                    rule = f"a server that answers within {connect_s:g} s"
+                    raise PeerLostError(refusal(rule, "server", stream.address, f"shard {stream.shard}"))
 
     def _hello(self, shard: int, round_: int) -> wire.Hello:
         admission = self._admission
+        own = () if self._carried is None else [b.number for b in self._buckets if b.shard == shard]
         return wire.Hello(
             protocol_version=rpc.PROTOCOL_VERSION,
             job_id=self._spec.job_id,
@@ -163,26 +218,52 @@ class ParameterServerExchange:
             tensors=tensor_messages(self._layout.tensors),
             layout_digest=self._layout.digest(),
             round=round_,
+            buckets=own,
         )
 
-    # Pushing, on the caller's thread
+    # Encoding, on a thread of its own
 
-    def _measure(self, gradient: Float32, round_: int) -> BlockScales | None:
-        if not self._push.needs_whole_vector:
-            return None
-        try:
-            return self._push.measure(gradient, 0)
-        except CodecError as error:
-            raise CodecError(f"{error}; {self.worker_id}, round {round_}") from None
+    def _encode_all(self) -> None:
+        while (bucket := self._to_encode.get()) is not None:
+            try:
+                self._encode(bucket)
+            except DatpsError as error:
+                with self._condition:
+                    self._set_failure(error)
+            except Exception as error:
+                with self._condition:
+                    self._set_failure(PeerLostError(f"defect in the encoder: {error!r}"))
+                raise
 
-    def _encode(self, bucket: Bucket, round_: int, key: RandomKey, measured: BlockScales | None) -> Encoded:
+    def _encode(self, bucket: Bucket) -> None:
+        """Encodes a bucket into its message and hands it to the session."""
+        if self._failure:
+            return
+        round_, codec, stream = self._round, self._push_codec_of(bucket), self._streams[bucket.shard]
+        header = wire.Contribution(
+            view=self._admission.view,
+            round=round_,
+            bucket=bucket.number,
+            codec=codec.wire_name,
+            parameter_digest=self._digest,
+            incarnation=stream.incarnation or 0,
+        )
+        start, n = bucket.start, bucket.n
+        frame = new_frame(header, codec.scale_count(start, n), codec.payload_bytes(start, n))
+        key = RandomKey(seed=self._spec.seed, round=round_, source=self._admission.worker_index)
         try:
-            if bucket.kind is BucketKind.STATE:
-                return self._state_codec.encode(self._values(bucket), bucket.start, key)
-            return self._push.encode(self._values(bucket), bucket.start, key, measured)
+            if self._measured is None and bucket.kind is BucketKind.GRADIENT and self._push.needs_whole_vector:
+                self._measured = self._push.measure(self._gradient, 0)
+            measured = self._measured if bucket.kind is BucketKind.GRADIENT else None
+            with self._timeline.span("encode", round=round_, bucket=bucket.number):
+                encoded = codec.encode(self._values(bucket), start, key, measured, payload=frame.payload)
         except CodecError as error:
             where = f"{bucket.kind.value} bucket {bucket.number}, {self.worker_id}, round {round_}"
             raise CodecError(f"{error}; {where}{self._layer(bucket)}") from None
+        frame.put_scales(encoded.scales)
+        with self._condition:
+            self._kept[round_, bucket.number] = frame.data
+            self._perform(self._session.handle(s.BucketEncoded(bucket=bucket.number)))
 
     def _layer(self, bucket: Bucket) -> str:
         values = self._values(bucket)
@@ -195,12 +276,17 @@ class ParameterServerExchange:
         vector = self._state if bucket.kind is BucketKind.STATE else self._gradient
         return vector[bucket.start : bucket.stop]
 
+    def _push_codec_of(self, bucket: Bucket) -> Codec:
+        return self._push if bucket.kind is BucketKind.GRADIENT else self._state_codec
+
     def _perform(self, effects: Iterable[s.Effect]) -> None:
         """Performs effects; the condition is held. `Accept` is left to the caller, which decodes without it."""
         for effect in effects:
             match effect:
                 case s.Push():
-                    self._push_bucket(effect)
+                    message = self._kept[effect.round, effect.bucket]
+                    self._pushed_bytes += len(message)
+                    self._streams[effect.shard].put(message, effect.bucket)
                 case s.Forget():
                     for key in [key for key in self._kept if key[0] <= effect.round]:
                         del self._kept[key]
@@ -208,30 +294,12 @@ class ParameterServerExchange:
                     error = PeerLostError if effect.failure is s.Failure.PEER_LOST else MismatchError
                     self._set_failure(error(effect.text))
 
-    def _push_bucket(self, effect: s.Push) -> None:
-        encoded, stream = self._kept[effect.round, effect.bucket], self._streams[effect.shard]
-        contribution = wire.Contribution(
-            view=self._admission.view,
-            round=effect.round,
-            bucket=effect.bucket,
-            codec=self._push_codec_of(effect.bucket).wire_name,
-            scales=encoded.scales.astype("<f4", copy=False).tobytes(),
-            payload=bytes(encoded.payload),
-            parameter_digest=self._digest,
-            incarnation=stream.incarnation,
-        )
-        self._pushed_bytes += stream.put(wire.WorkerMessage(contribution=contribution))
+    # Pulling, on the event loop of the streams
 
-    def _push_codec_of(self, number: int) -> Codec:
-        return self._push if self._layout.buckets[number].kind is BucketKind.GRADIENT else self._state_codec
-
-    # Pulling, on one thread per shard
-
-    def _read(self, stream: _ShardStream) -> None:
+    async def _read(self, stream: ShardStream) -> None:
         name = f"server {stream.address} (shard {stream.shard})"
         try:
-            for sized in stream.responses:
-                self._receive(stream, sized)
+            await stream.talk(self._receive)
             text = f"{name} closed its stream"
         except grpc.RpcError as error:
             text = f"{name} is gone: {status_text(error)}"
@@ -247,15 +315,20 @@ class ParameterServerExchange:
             if not self._closing:
                 self._perform(self._session.handle(s.ShardLost(shard=stream.shard, text=text)))
 
-    def _receive(self, stream: _ShardStream, sized: rpc.Sized) -> None:
-        message: Any = sized.message
+    def _receive(self, stream: ShardStream, message: Any) -> None:
+        if isinstance(message, BucketMessage):
+            self._average_received(stream, message)
+            return
+        if isinstance(message, Malformed):
+            raise MismatchError(refusal("a message of this protocol", "bytes", message.size_bytes, stream.address))
         match message.WhichOneof("kind"):
-            case "average":
-                self._average_received(stream, message.average, sized.size_bytes)
             case "welcome":
-                stream.incarnation = message.welcome.incarnation
                 lacking = frozenset(message.welcome.missing)
-                self._event(s.Welcomed(shard=stream.shard, round=message.welcome.round, missing=lacking))
+                welcomed = s.Welcomed(shard=stream.shard, round=message.welcome.round, missing=lacking)
+                with self._condition:
+                    stream.incarnation = message.welcome.incarnation
+                    self._perform(self._session.handle(welcomed))
+                    self._condition.notify_all()
             case "waiting":
                 waited_s = round(message.waiting.waited_s, 1)
                 missing = list(message.waiting.worker_ids)
@@ -275,45 +348,67 @@ class ParameterServerExchange:
             self._perform(effects)
             return effects
 
-    def _average_received(self, stream: _ShardStream, average: wire.Average, size_bytes: int) -> None:
-        bucket, encoded, codec = self._checked(stream, average)
+    def _average_received(self, stream: ShardStream, average: BucketMessage) -> None:
+        bucket, codec = self._expected(stream, average)
         effects = self._event(s.AverageReceived(round=average.round, bucket=average.bucket))
         if not any(isinstance(effect, s.Accept) for effect in effects):
             return
-        codec.decode(encoded, bucket.start, self._values(bucket), add=False)
+        encoded = average.encoded
+        assert encoded is not None
+        with self._timeline.span("decode", round=average.round, bucket=bucket.number):
+            key = RandomKey(seed=self._spec.seed, round=average.round, source=SERVER)
+            codec.decode(encoded, bucket.start, self._values(bucket), add=False, key=key)
         with self._condition:
             self._awaited.discard(average.bucket)
-            self._pulled_bytes += size_bytes
-            self._condition.notify_all()
+            self._pulled_bytes += average.size_bytes
+            if not self._awaited:
+                self._condition.notify_all()
 
-    def _checked(self, stream: _ShardStream, average: wire.Average) -> tuple[Bucket, Encoded, Codec]:
+    def _expected(self, stream: ShardStream, average: BucketMessage) -> tuple[Bucket, Codec]:
+        """The bucket and codec of an average that is what it should be.
+
+        Raises:
+            MismatchError: it is not.
+        """
         where = f"round {average.round}, bucket {average.bucket}, server {stream.address}"
         if average.incarnation != stream.incarnation:
             text = refusal(f"incarnation={stream.incarnation}", "incarnation", average.incarnation, where)
             raise MismatchError(text)
         if average.bucket >= len(self._layout.buckets) or self._layout.buckets[average.bucket].shard != stream.shard:
             raise MismatchError(refusal(f"a bucket of shard {stream.shard}", "bucket", average.bucket, where))
+        if self._carried is not None and average.bucket not in self._carried:
+            raise MismatchError(refusal("a bucket of this stream", "bucket", average.bucket, where))
         bucket = self._layout.buckets[average.bucket]
         codec = self._pull[stream.shard] if bucket.kind is BucketKind.GRADIENT else self._state_codec
-        if average.codec != codec.wire_name or len(average.scales) % 4:
+        encoded = average.encoded
+        if average.codec != codec.wire_name or encoded is None:
             raise MismatchError(refusal(f"codec={codec.wire_name}", "codec", average.codec, where))
-        encoded = Encoded(scales=np.frombuffer(average.scales, "<f4"), payload=average.payload)
         try:
             codec.check(encoded, bucket.start, bucket.n)
         except CodecError as error:
             raise MismatchError(f"{error} ({where})") from None
-        return bucket, encoded, codec
+        return bucket, codec
 
-    def _silence(self, waited_s: float, round_: int) -> PeerLostError:
-        shards = sorted({self._layout.buckets[number].shard for number in self._awaited})
-        names = ", ".join(f"{self._streams[shard].address} (shard {shard})" for shard in shards)
-        return PeerLostError(f"no average of round {round_} within {waited_s:g} s from {names}")
+    def _wait_for(self, done: Callable[[], bool]) -> None:
+        """Waits, the condition held.
+
+        Raises:
+            DatpsError: the exchange has failed, or the servers say nothing.
+        """
+        deadline_s = self._spec.deadlines.round_s + GRACE_S
+        if not self._condition.wait_for(lambda: self._failure or done(), timeout=deadline_s):
+            self._set_failure(self._silence(deadline_s))
+        if self._failure:
+            raise self._failure
+
+    def _silence(self, waited_s: float) -> PeerLostError:
+        shards = {self._layout.buckets[number].shard for number in self._awaited}
+        silent = [x for x in self._streams.values() if (x.shard in shards if self._awaited else x.incarnation is None)]
+        names = ", ".join(f"{stream.address} (shard {stream.shard})" for stream in silent)
+        missing = f"average of round {self._round}" if self._awaited else "Welcome"
+        return PeerLostError(f"no {missing} within {waited_s:g} s from {names}")
 
     def _set_failure(self, error: DatpsError) -> None:
         if self._failure is None:
             self._failure = error
         self._condition.notify_all()
-
-    def _raise_failure(self) -> None:
-        if self._failure:
-            raise self._failure

@@ -7,12 +7,23 @@ from worker.optimizers.base import LayerRule, Optimizer, layer_rules
 from worker.optimizers.flat import FlatParameters, Layer
 from worker.optimizers.lamb import Lamb
 from worker.optimizers.sgd import Sgd
+from worker.optimizers.shares import Shares
 
-__all__ = ["FlatParameters", "Lamb", "Layer", "LayerRule", "Optimizer", "Sgd", "layer_rules", "make_optimizer"]
+__all__ = [
+    "FlatParameters",
+    "Lamb",
+    "Layer",
+    "LayerRule",
+    "Optimizer",
+    "Sgd",
+    "Shares",
+    "layer_rules",
+    "make_optimizer",
+]
 
 _OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {OptimizerName.LAMB: Lamb, OptimizerName.SGD: Sgd}
 
 
-def make_optimizer(spec: OptimizerSpec, parameters: FlatParameters) -> Optimizer:
-    """The optimizer that `spec` describes, with a fresh state beside `parameters`."""
-    return _OPTIMIZERS[spec.name](spec, parameters.layers, parameters.theta.device)
+def make_optimizer(spec: OptimizerSpec, parameters: FlatParameters, shares: Shares | None = None) -> Optimizer:
+    """The optimizer that `spec` describes, with a fresh state beside `parameters`, for all of them or one slice."""
+    return _OPTIMIZERS[spec.name](spec, parameters.layers, parameters.theta.device, shares)

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.config import OptimizerSpec
 from common.errors import CheckpointError, refusal
 from worker.optimizers.flat import Layer
+from worker.optimizers.shares import Shares
 
 _COUNT = "t"
 
@@ -41,21 +42,39 @@ class Optimizer(ABC):
     """Updates a flat parameter vector in place; same state, parameters, gradient and learning rate give the same bits.
 
     The order of operations is fixed and none of them depends on the number of threads, so replicas on like hardware
-    stay identical.
+    stay identical. Where processes share the vector, each keeps the state of its slice and updates that; `update` and
+    `state_tensors` gather, so all of them call these in the same order.
     """
 
     rules: tuple[LayerRule, ...]
     t: int
     """Updates made so far."""
 
-    def __init__(self, spec: OptimizerSpec, layers: Sequence[Layer], device: torch.device | str = "cpu") -> None:
-        """State is allocated on `device`, that of the parameters."""
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        layers: Sequence[Layer],
+        device: torch.device | str = "cpu",
+        shares: Shares | None = None,
+    ) -> None:
+        """
+        Args:
+            spec: which rule, with its numbers.
+            layers: of the flat vector.
+            device: of the parameters; the state is allocated there.
+            shares: which slice of the vector is this process's; all of it if None.
+        """
         self.spec = spec
         self.rules = layer_rules(spec, layers)
         self.t = 0
-        self._lengths = [layer.length for layer in layers]
+        self._d = sum(layer.length for layer in layers)
+        self._shares = shares or Shares.undivided(self._d)
+        start, stop = self._shares.start, self._shares.stop
+        self._lengths = [
+            max(min(layer.offset + layer.length, stop) - max(layer.offset, start), 0) for layer in layers
+        ]  # of what lies in this process's slice
         self._decayed = [index for index, rule in enumerate(self.rules) if rule.decayed]
-        self._scratch = torch.zeros(sum(self._lengths), dtype=torch.float32, device=device)
+        self._scratch = torch.zeros(stop - start, dtype=torch.float32, device=device)
         self._scratch_layers = torch.split(self._scratch, self._lengths)
         self._moments = {name: torch.zeros_like(self._scratch) for name in self.moment_names(spec)}
 
@@ -69,38 +88,39 @@ class Optimizer(ABC):
         """One update (A4).
 
         Args:
-            theta: float32 [d], updated in place.
-            gradient: float32 [d], the average of (A3); only read.
+            theta: float32 [d]; this process's slice is updated in place.
+            gradient: float32 [d], the average of (A3); only this process's slice is read.
             learning_rate: eta_t of this round.
         """
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state: vectors of d float32 (the live ones, not copies) and the count `t` as an int64 scalar."""
-        return {**self._moments, _COUNT: torch.tensor(self.t, dtype=torch.int64)}
+        """The whole state: vectors of d float32 (the live ones unless shared) and the count `t` as an int64 scalar."""
+        whole = {name: self._shares.joined(moment) for name, moment in self._moments.items()}
+        return {**whole, _COUNT: torch.tensor(self.t, dtype=torch.int64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave, copying.
+        """Takes over what `state_tensors` gave, copying what this process keeps.
 
         Raises:
             CheckpointError: another set of names, shapes or dtypes; nothing has been taken over then.
         """
-        expected = self.state_tensors()
+        expected = {**dict.fromkeys(self._moments, ((self._d,), torch.float32)), _COUNT: ((), torch.int64)}
         if set(state) != set(expected):
             raise CheckpointError(refusal(f"tensors {sorted(expected)}", "tensors", sorted(state), "optimizer state"))
-        for name, tensor in expected.items():
+        for name, (shape, dtype) in expected.items():
             given = (tuple(state[name].shape), state[name].dtype)
-            if given != (tuple(tensor.shape), tensor.dtype):
-                rule = f"shape {tuple(tensor.shape)} and {tensor.dtype}"
+            if given != (shape, dtype):
+                rule = f"shape {shape} and {dtype}"
                 raise CheckpointError(refusal(rule, name, given, "optimizer state"))
         count = int(state[_COUNT])
         if count < 0:
             raise CheckpointError(refusal("a count >= 0", _COUNT, count, "optimizer state"))
         for name, moment in self._moments.items():
-            moment.copy_(state[name])
+            moment.copy_(self._shares.own(state[name]))
         self.t = count
 
     def _add_decay(self, theta: Tensor) -> None:
-        """Adds weight_decay * theta onto the scratch vector, in the layers that are decayed."""
+        """Adds weight_decay * theta onto the scratch vector, in the layers that are decayed; both are slices."""
         if self._decayed:
             theta_layers = torch.split(theta, self._lengths)
             torch._foreach_add_(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -33,7 +34,7 @@ class Layer:
 
 
 class FlatParameters:
-    """Moves a model's parameters and their gradients into two contiguous vectors, in `named_parameters()` order.
+    """Moves a model's parameters and their gradients into two contiguous vectors.
 
     Afterwards every parameter and every `.grad` is a view: `backward` accumulates into `gradient`, an update of `theta`
     is an update of the model. Two things would cut the tie and must not happen afterwards: moving the model to
@@ -45,9 +46,15 @@ class FlatParameters:
     gradient: Tensor
     """float32 [d], their gradients, zero at first."""
     layers: tuple[Layer, ...]
+    parameters: tuple[nn.Parameter, ...]
+    """By layer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, order: Sequence[str] | None = None) -> None:
         """Takes over `model`'s parameters.
+
+        Args:
+            model: on its device.
+            order: names of all parameters in the order of the vectors; that of `named_parameters()` where absent.
 
         Raises:
             SpecError: no parameters, one that is used under two names or shares its storage, is not float32, or is
@@ -55,6 +62,10 @@ class FlatParameters:
         """
         named = list(model.named_parameters(remove_duplicate=False))
         _refuse_unfit(named)
+        if order is not None:
+            place = {name: index for index, name in enumerate(order)}
+            named.sort(key=lambda pair: place[pair[0]])
+        self.parameters = tuple(parameter for _, parameter in named)
         lengths = [parameter.numel() for _, parameter in named]
         offsets = [0, *accumulate(lengths)]
         self.layers = tuple(

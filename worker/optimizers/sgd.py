@@ -21,8 +21,9 @@ class Sgd(Optimizer):
 
     @torch.no_grad()
     def update(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
-        self._scratch.copy_(gradient)
-        self._add_decay(theta)
+        own = self._shares.own(theta)
+        self._scratch.copy_(self._shares.own(gradient))
+        self._add_decay(own)
         direction = self._scratch
         if self.spec.momentum:
             direction = self._moments["b"]
@@ -31,4 +32,4 @@ class Sgd(Optimizer):
             else:
                 direction.mul_(self.spec.momentum).add_(self._scratch)
         self.t += 1
-        theta.add_(direction, alpha=-learning_rate)
+        own.add_(direction, alpha=-learning_rate)

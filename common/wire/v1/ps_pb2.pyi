@@ -108,18 +108,20 @@ class Introduction(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class Readiness(_message.Message):
-    __slots__ = ("layout_digest", "replica_digest", "round", "samples", "classes")
+    __slots__ = ("layout_digest", "replica_digest", "round", "samples", "classes", "address")
     LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     REPLICA_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     layout_digest: bytes
     replica_digest: bytes
     round: int
     samples: int
     classes: str
-    def __init__(self, layout_digest: _Optional[bytes] = ..., replica_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[str] = ...) -> None: ...
+    address: str
+    def __init__(self, layout_digest: _Optional[bytes] = ..., replica_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., samples: _Optional[int] = ..., classes: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "shape", "buffer")
@@ -132,18 +134,20 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., buffer: bool = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("offer", "waiting", "admission", "refusal", "abort")
+    __slots__ = ("offer", "waiting", "admission", "refusal", "abort", "stop")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     ADMISSION_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     offer: JobOffer
     waiting: Waiting
     admission: Admission
     refusal: Refusal
     abort: Abort
-    def __init__(self, offer: _Optional[_Union[JobOffer, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., admission: _Optional[_Union[Admission, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    stop: StopRequest
+    def __init__(self, offer: _Optional[_Union[JobOffer, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., admission: _Optional[_Union[Admission, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ...) -> None: ...
 
 class JobOffer(_message.Message):
     __slots__ = ("job_spec", "incarnation")
@@ -154,18 +158,20 @@ class JobOffer(_message.Message):
     def __init__(self, job_spec: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Admission(_message.Message):
-    __slots__ = ("worker_index", "view", "worker_ids", "samples", "shard_addresses")
+    __slots__ = ("worker_index", "view", "worker_ids", "samples", "shard_addresses", "worker_addresses")
     WORKER_INDEX_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     SHARD_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     worker_index: int
     view: int
     worker_ids: _containers.RepeatedScalarFieldContainer[str]
     samples: _containers.RepeatedScalarFieldContainer[int]
     shard_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_index: _Optional[int] = ..., view: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., samples: _Optional[_Iterable[int]] = ..., shard_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    worker_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_index: _Optional[int] = ..., view: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., samples: _Optional[_Iterable[int]] = ..., shard_addresses: _Optional[_Iterable[str]] = ..., worker_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("worker_id", "view", "incarnation", "ending", "text", "retry", "replica_digest")
@@ -200,7 +206,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_ids", "worker_index", "shard", "tensors", "layout_digest", "round")
+    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_ids", "worker_index", "shard", "tensors", "layout_digest", "round", "buckets")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     JOB_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +218,7 @@ class Hello(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     job_id: str
     job_digest: bytes
@@ -223,7 +230,8 @@ class Hello(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     layout_digest: bytes
     round: int
-    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+    buckets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("view", "round", "bucket", "codec", "scales", "payload", "parameter_digest", "incarnation")

@@ -1,0 +1,100 @@
+"""Queues for the tests of transfers: one that works as late as it may, one at once, and those of a GPU.
+
+On a GPU work is done at any time between its launch and the moment when someone waits for it. The two ends of that
+span are what can be tested without one: whatever is read or overwritten too early differs at one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.codecs.gpu.transfer import Queue, SideStream
+
+
+class HostQueue:
+    """`transfer.Queue` on the CPU; `late`: nothing is done before someone waits for it."""
+
+    def __init__(self, *, late: bool, current: HostQueue | None = None) -> None:
+        self.kept: list[Tensor] = []
+        self.pinned = 0  # buffers made on the host
+        self._late = late
+        self._current = current
+        self._work: list[Callable[[], None]] = []
+        self._done = 0
+
+    def wait(self, event: Any) -> None:
+        assert self._current is not None
+        self.run((event or self._current.mark()).synchronize)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._work.append(work)
+        if not self._late:
+            self.work_until(len(self._work))
+
+    def mark(self) -> HostEvent:
+        return HostEvent(queue=self, count=len(self._work))
+
+    def join(self) -> None:
+        assert self._current is not None
+        self._current.run(self.mark().synchronize)
+
+    def keep(self, tensor: Tensor) -> None:
+        self.kept.append(tensor)
+
+    def on_device(self, size: int) -> Tensor:
+        return torch.full((size,), 0xEE, dtype=torch.uint8)
+
+    def on_host(self, size: int) -> Tensor:
+        self.pinned += 1
+        return torch.full((size,), 0xEE, dtype=torch.uint8)
+
+    def work_until(self, count: int) -> None:
+        while self._done < count:
+            self._done += 1
+            self._work[self._done - 1]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostEvent:
+    """After the first `count` pieces of a queue's work."""
+
+    queue: HostQueue
+    count: int
+
+    def synchronize(self) -> None:
+        self.queue.work_until(self.count)
+
+
+class CurrentStream:
+    """What the tests ask of the GPU's current stream."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream().record_event()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A device, the queue that computes gradients, and the one beside it."""
+
+    device: torch.device
+    current: Any
+    side: Queue
+
+
+def machines(device: torch.device) -> dict[str, Machine]:
+    """The machines to test with on a device."""
+    if device.type == "cuda":
+        return {"streams": Machine(device=device, current=CurrentStream(), side=SideStream(device))}
+    made = {}
+    for name, late in (("late", True), ("at once", False)):
+        current = HostQueue(late=True)
+        made[name] = Machine(device=device, current=current, side=HostQueue(late=late, current=current))
+    return made

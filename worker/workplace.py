@@ -1,0 +1,179 @@
+"""What every process of a worker builds from the job spec: model, replica, layout, and in the end its trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.config import JobSpec
+from common.errors import CheckpointError, SpecError, refusal
+from common.layout import Layout, TensorSpec, plan_layout
+from common.spec_sources import differences
+from common.timeline import OFF, Timeline
+from worker.checkpoint import Checkpoint
+from worker.data import BatchPlan, Dataset
+from worker.exchange.base import Exchange
+from worker.exchange.coordination import Admission
+from worker.local.team import LocalTeam
+from worker.models import build_model
+from worker.optimizers import Shares
+from worker.readiness import backward_order
+from worker.record import describe_data
+from worker.replica import Replica
+from worker.trainer import Recorder, Trainer
+
+FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
+"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """One process's copy of what is trained.
+
+    Attributes:
+        spec: the job.
+        dataset: what it is trained on.
+        device: where the model is.
+        replica: the state, from the checkpoint if there is one.
+        layout: how its vectors are cut.
+        round: the round to begin with.
+        team: the local processes of this worker; None if there is one.
+    """
+
+    spec: JobSpec
+    dataset: Dataset
+    device: torch.device
+    replica: Replica
+    layout: Layout
+    round: int
+    team: LocalTeam | None
+
+    @classmethod
+    def build(
+        cls,
+        spec: JobSpec,
+        dataset: Dataset,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        team: LocalTeam | None,
+    ) -> Workplace:
+        """Builds everything from its parts.
+
+        Raises:
+            CheckpointError: the checkpoint is another job's.
+            SpecError: a model that does not fit, or the checkpoint is of other data.
+        """
+
+        def divide(tensors: Sequence[TensorSpec]) -> Shares:
+            assert team is not None
+            return team.divide(plan_layout(tensors, spec))
+
+        model = model_for(spec, dataset).to(device)
+        example = dataset.train.images(torch.arange(2)).to(device)
+        replica = Replica(model, spec.optimizer, backward_order(model, example), divide if team else None)
+        if checkpoint:
+            _refuse_other_job(checkpoint, spec)
+            refuse_other_data(checkpoint, dataset)
+            replica.load_state(checkpoint.tensors)
+        return cls(
+            spec=spec,
+            dataset=dataset,
+            device=device,
+            replica=replica,
+            layout=plan_layout(replica.tensors, spec),
+            round=checkpoint.round if checkpoint else 0,
+            team=team,
+        )
+
+    def plan(self, samples: tuple[int, ...]) -> BatchPlan:
+        """Who draws what; `samples`: of each worker's data, by worker_index."""
+        spec = self.spec
+        return BatchPlan(
+            samples_by_worker=samples,
+            split=spec.data.split,
+            batch_per_worker=spec.data.batch_per_worker,
+            workers=spec.workers,
+            seed=spec.seed,
+        )
+
+    def trainer(
+        self,
+        exchange: Exchange,
+        admission: Admission,
+        recorder: Recorder,
+        stop_requested: Callable[[], bool] = lambda: False,
+        timeline: Timeline = OFF,
+    ) -> Trainer:
+        """What runs the rounds, from `round` on."""
+        return Trainer(
+            spec=self.spec,
+            replica=self.replica,
+            dataset=self.dataset,
+            plan=self.plan(admission.samples),
+            worker_index=admission.worker_index,
+            exchange=exchange,
+            layout=self.layout,
+            device=self.device,
+            recorder=recorder,
+            stop_requested=stop_requested,
+            first_round=self.round,
+            timeline=timeline,
+            team=self.team,
+        )
+
+
+def open_device(name: str, threads: int | None) -> torch.device:
+    """The device, with torch's settings for reproducible results.
+
+    Raises:
+        SpecError: no such device here, or not even one thread.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise SpecError(refusal("at least 1 thread", "threads", threads))
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise SpecError(refusal("cpu or cuda", "device", name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise SpecError(refusal("a device that torch has here", "device", name, reason)) from None
+    return device
+
+
+def model_for(spec: JobSpec, dataset: Dataset) -> torch.nn.Module:
+    """The job's model for images as the data set has them."""
+    return build_model(
+        spec.model,
+        in_channels=dataset.in_channels,
+        image_size=dataset.image_size,
+        classes=len(dataset.classes),
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=spec.seed,
+    )
+
+
+def refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """A checkpoint says what data its model is made for.
+
+    Raises:
+        SpecError: these are other data.
+    """
+    ours = describe_data(dataset)
+    if ours != checkpoint.data:
+        raise SpecError(refusal(f"data of the checkpoint ({checkpoint.data})", "data", ours, str(checkpoint.path)))
+
+
+def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec) -> None:
+    """A run that goes on keeps its job, but for what does not touch the parameters."""
+    for key, theirs, ours in differences(checkpoint.spec, spec):
+        if not key.startswith(FREE_ON_RESUME):
+            rule = f"{key}={theirs} as in {checkpoint.path}"
+            raise CheckpointError(refusal(rule, key, ours, "a resumed run keeps its job"))
