@@ -275,11 +275,11 @@ class CodecSpec(Section):
     def _bits_are_supported(cls, bits: int, info: ValidationInfo) -> int:
         name = info.data.get("name")
         if name is CodecName.ROTATED:
-            supported, rule = range(1, 5), "1 to 4 (codec rotated)"
+            supported, rule = [1, 2, 3, 4], "1 to 4 (codec rotated)"
         elif name is CodecName.SHARED:
-            supported, rule = range(2, 9), "2 to 8 (codec shared)"
+            supported, rule = [2, 3, 4, 5, 6, 7, 8], "2 to 8 (codec shared)"
         else:
-            supported, rule = (*range(2, 9), 16), "2 to 8, or 16"
+            supported, rule = [2, 3, 4, 5, 6, 7, 8, 16], "2 to 8, or 16"
         if bits not in supported:
             raise ValueError(refusal(rule, "bits", bits))
         return bits

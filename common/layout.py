@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from common.codecs import Codec, make_codec
+from common.codecs import Codec, make_codec, make_sum_codec
 from common.config import CodecName, CodecSpec, JobSpec
 from common.errors import SpecError, refusal
 
@@ -46,10 +46,11 @@ class TensorSpec:
 
 
 class BucketKind(StrEnum):
-    """Which flat vector a bucket is cut from."""
+    """Which flat vector a bucket is cut from; the scales are those of the gradient's blocks, one for all workers."""
 
     GRADIENT = "gradient"
     STATE = "state"
+    SCALES = "scales"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,13 @@ class Layout:
         """The buckets of one vector, in order."""
         return tuple(bucket for bucket in self.buckets if bucket.kind is kind)
 
+    def scales_of(self, bucket: Bucket) -> Bucket:
+        """The bucket of the scales of a gradient bucket; or the gradient bucket of a bucket of scales."""
+        gradient, scales = self.of_kind(BucketKind.GRADIENT), self.of_kind(BucketKind.SCALES)
+        if bucket.kind is BucketKind.SCALES:
+            return gradient[bucket.number - scales[0].number]
+        return scales[bucket.number]
+
     def encoder_range(self, shard: int) -> tuple[int, int]:
         """The part of the gradient vector that the encoder of one shard's averages is made for: [start, stop)."""
         if self.dealt:
@@ -151,14 +159,17 @@ def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
     if not 1 <= d <= MAXIMAL_ELEMENTS or e > MAXIMAL_ELEMENTS:
         name, count = ("parameters", d) if not 1 <= d <= MAXIMAL_ELEMENTS else ("buffer elements", e)
         raise SpecError(refusal(f"1 to {MAXIMAL_ELEMENTS} {name}", name, count, "model"))
-    unit = make_codec(spec.codec, start=0, stop=d, layer_edges=edges).alignment
+    push = make_codec(spec.codec, start=0, stop=d, layer_edges=edges)
+    unit = push.alignment
     if math.ceil(d / unit) < spec.shards:
         rule = f"servers of at most {math.ceil(d / unit)} ({d} parameters in units of {unit})"
         raise SpecError(refusal(rule, "servers", spec.shards))
-    dealt = not make_codec(_pull_spec(spec), start=0, stop=d, layer_edges=edges).needs_whole_vector
+    dealt = not _pull_codec(spec, 0, d, edges).needs_whole_vector
     cuts = _dealt(d, edges, spec) if dealt else _contiguous(d, edges, spec)
     pieces = [(BucketKind.GRADIENT, *cut) for cut in cuts]
     pieces += [(BucketKind.STATE, *cut) for cut in _state_cuts(e, spec)]
+    if push.needs_shared_scales:
+        pieces += [(BucketKind.SCALES, *cut) for cut in _scale_cuts(cuts, spec)]
     return Layout(
         tensors=tuple(tensors),
         d=d,
@@ -180,8 +191,7 @@ def push_codec(layout: Layout, spec: JobSpec) -> Codec:
 
 def pull_codec(layout: Layout, spec: JobSpec, shard: int) -> Codec:
     """The codec of one shard's averages: float32 unless the job is two-sided."""
-    start, stop = layout.encoder_range(shard)
-    return make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layout.layer_edges)
+    return _pull_codec(spec, *layout.encoder_range(shard), layout.layer_edges)
 
 
 def state_codec(layout: Layout) -> Codec:
@@ -189,8 +199,11 @@ def state_codec(layout: Layout) -> Codec:
     return make_codec(UNCOMPRESSED, start=0, stop=layout.e, layer_edges=(0, layout.e))
 
 
-def _pull_spec(spec: JobSpec) -> CodecSpec:
-    return spec.codec if spec.codec.two_sided else UNCOMPRESSED
+def _pull_codec(spec: JobSpec, start: int, stop: int, layer_edges: Sequence[int]) -> Codec:
+    if spec.codec.name is CodecName.SHARED:
+        return make_sum_codec(spec.codec, spec.workers)
+    pull = spec.codec if spec.codec.two_sided else UNCOMPRESSED
+    return make_codec(pull, start=start, stop=stop, layer_edges=layer_edges)
 
 
 _Cut = tuple[int, int, int]
@@ -199,7 +212,7 @@ _Cut = tuple[int, int, int]
 
 def _dealt(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]:
     """Even buckets, as many for each shard, dealt in turn."""
-    codecs = [make_codec(each, start=0, stop=d, layer_edges=layer_edges) for each in (spec.codec, _pull_spec(spec))]
+    codecs = (make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges), _pull_codec(spec, 0, d, layer_edges))
     edges = _cuts_within(0, d, codecs, spec.exchange.bucket_bytes, spec.shards)
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
 
@@ -209,7 +222,7 @@ def _contiguous(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]
     push = make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges)
     cuts: list[tuple[int, _Cut]] = []
     for shard, (start, stop) in enumerate(itertools.pairwise(_even_cuts(0, d, spec.shards, push.alignment))):
-        pull = make_codec(_pull_spec(spec), start=start, stop=stop, layer_edges=layer_edges)
+        pull = _pull_codec(spec, start, stop, layer_edges)
         inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), spec.exchange.bucket_bytes, 1))
         cuts += [(place, (shard, *cut)) for place, cut in enumerate(inner)]
     return [cut for _, cut in sorted(cuts)]
@@ -219,6 +232,13 @@ def _state_cuts(e: int, spec: JobSpec) -> list[_Cut]:
     codec = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
     edges = _cuts_within(0, e, (codec,), spec.exchange.bucket_bytes, min(spec.shards, max(e, 1)))
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
+
+
+def _scale_cuts(gradient: Sequence[_Cut], spec: JobSpec) -> list[_Cut]:
+    """One bucket of scales for each of the gradient's, at the same shard; counted in blocks."""
+    block = spec.codec.block
+    assert isinstance(block, int)
+    return [(shard, start // block, -(-stop // block)) for shard, start, stop in gradient]
 
 
 def _cuts_within(start: int, stop: int, codecs: Sequence[Codec], bucket_bytes: int, multiple: int) -> tuple[int, ...]:

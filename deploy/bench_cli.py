@@ -233,6 +233,51 @@ def throughput(
         _show(run_throughput(setting, plan, _say), print_throughput, as_json)
 
 
+@bench_app.command("predict")
+def predict_(
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Result of `bench network --json` to compare with.", show_default=False),
+    ] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(help="Result of `bench predict --json` whose rates to use; measured here if absent."),
+    ] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be repeated. [default: dedicated:1, dedicated:4, colocated, collective]", show_default=False
+        ),
+    ] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="May be repeated. [default: 32, 8x2, 4x2]", show_default=False)
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="Of every link; may be repeated. [default: 200mbit, 1gbit, 10gbit]", show_default=False),
+    ] = None,
+    elements: ElementsOption = None,
+    cores_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Of the cluster that is predicted.")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a round for 2 to 1,024 workers from measured rates, and check the model against measurements."""
+    from deploy import cli  # which imports us
+
+    with cli._errors(as_json, "bench"):
+        from bench.predict import Question, print_predict, run_predict
+        from bench.settings import parse_rate
+        from bench.tensors import elements_of
+
+        question = Question(
+            topologies=tuple(topology or ("dedicated:1", "dedicated:4", "colocated", "collective")),
+            codecs=tuple(codec or ("32", "8x2", "4x2")),
+            rates_bps=tuple(parse_rate(each) for each in rate or ("200mbit", "1gbit", "10gbit")),
+            elements=elements_of(elements),
+            cores_per_node=cores_per_node,
+        )
+        _show(run_predict(measured, rates, question, _say), print_predict, as_json)
+
+
 def _one_setting(workers: int, topology: str, codec: str, rate: str, settings: list[str]) -> Setting:
     from bench.settings import parse_rate, parse_topology, plan_settings
     from bench.tensors import elements_of

@@ -29,10 +29,11 @@ from common.events import Emitter
 from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
+from deploy.flags import devices_of, given
 
 _FLAGS = (
-    *("baseline", "connect_s", "data", "device", "download", "host", "job", "json", "out", "port", "recipe", "resume"),
-    *("server", "shard", "shard_addresses", "threads", "trace", "worker_id"),
+    *("baseline", "connect_s", "data", "device", "devices", "download", "host", "job", "json", "out", "port", "recipe"),
+    *("resume", "server", "shard", "shard_addresses", "threads", "trace", "worker_id"),
 )
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
 """Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
@@ -79,9 +80,28 @@ DownloadOption = Annotated[
     bool, typer.Option("--download", envvar=_variable("download"), help="Fetch the data set if it is missing.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", envvar=_variable("device"), help="cpu, cuda, cuda:1, ...")]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        envvar=_variable("devices"),
+        metavar="cuda:0,cuda:1|cpu:N",
+        help="Several devices of one worker, one process each, instead of --device.",
+        show_default=False,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", envvar=_variable("threads"), min=1, help="CPU threads; torch's choice if absent."),
+]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=_variable("host"),
+        help="Address of this node, where others reach its shard (colocated) or store (collective); "
+        "found out if absent.",
+        show_default=False,
+    ),
 ]
 TraceFileOption = Annotated[
     Path | None,
@@ -160,6 +180,7 @@ def shard() -> None:
 
 @app.command()
 def worker(
+    context: typer.Context,
     server: Annotated[
         str, typer.Option(envvar=_variable("server"), metavar="HOST:PORT", help="Address of the server of shard 0.")
     ],
@@ -178,18 +199,11 @@ def worker(
     connect_s: Annotated[
         float, typer.Option(envvar=_variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
     ] = 60.0,
-    host: Annotated[
-        str | None,
-        typer.Option(
-            envvar=_variable("host"),
-            help="Address of this node, where others reach its shard (colocated) or store (collective); "
-            "found out if absent.",
-            show_default=False,
-        ),
-    ] = None,
+    host: HostOption = None,
     data: DataOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     threads: ThreadsOption = None,
     out: Annotated[
         Path | None,
@@ -205,6 +219,7 @@ def worker(
     with _errors(as_json, worker_id):
         from worker.daemon import WorkerOptions, run
 
+        devices = devices_of(context, devices)
         options = WorkerOptions(
             server=server,
             worker_id=worker_id,
@@ -216,6 +231,7 @@ def worker(
             data=data,
             download=download,
             device=device,
+            devices=devices,
             threads=threads,
             out=out,
             resume=resume,
@@ -240,6 +256,7 @@ def train(
     data: DataOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     baseline: Annotated[
         bool, typer.Option(envvar=_variable("baseline"), help="Afterwards train without attacks, to compare.")
     ] = True,
@@ -255,7 +272,8 @@ def train(
     with _errors(as_json, "train"):
         from deploy.train import TrainOptions, job_to_resume
 
-        if resume is not None and _given(context, "resume", over=("job", "recipe", "out")):
+        devices = devices_of(context, devices)
+        if resume is not None and given(context, "resume", over=("job", "recipe", "out")):
             folder = runs.without_links(resume)
             spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
         else:
@@ -271,6 +289,7 @@ def train(
             data=data,
             download=download,
             device=device,
+            devices=devices,
             baseline=baseline,
             trace=trace,
         )
@@ -351,7 +370,7 @@ def _job_spec(
     context: typer.Context, job: Path | None, recipe_name: str | None, settings: list[str] | None
 ) -> tuple[JobSpec, str]:
     """The job spec with its title; `--job` and `--recipe` exclude each other."""
-    if job is not None and _given(context, "job", over=("recipe",)):
+    if job is not None and given(context, "job", over=("recipe",)):
         try:
             text = job.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -364,22 +383,6 @@ def _job_spec(
         yaml_text=text, yaml_name=name, environment=os.environ, settings=settings or [], reserved=RESERVED
     )
     return spec, title
-
-
-def _given(context: typer.Context, name: str, *, over: tuple[str, ...]) -> bool:
-    """Whether an option counts beside those that it excludes: a flag wins over variables, two flags are refused."""
-
-    def is_flag(option: str) -> bool:
-        source = context.get_parameter_source(option)
-        return source is not None and source.name == "COMMANDLINE"
-
-    others = [other for other in over if is_flag(other)]
-    if not others:
-        return True
-    if is_flag(name):
-        both = f"--{name} and --{others[0]}"
-        raise SpecError(refusal(f"--{name} or --{others[0]}", "flags", both, "they exclude each other"))
-    return False
 
 
 def _train(options: Any, as_json: bool) -> int:

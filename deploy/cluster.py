@@ -62,7 +62,8 @@ class DatpsCommands:
         folder: the run folder.
         data: data folder; with `data.split=own` each worker has its own `worker-<index>` in it.
         device: of the workers.
-        threads: of each worker.
+        devices: several of each worker instead, if not None.
+        threads: of each local process of a worker.
         resume: go on from the newest checkpoint in `folder`.
         trace: every process writes its timeline to `traces/` in `folder`.
     """
@@ -74,6 +75,7 @@ class DatpsCommands:
     threads: int
     resume: bool
     trace: bool = False
+    devices: str | None = None
 
     def server(self, *, shard: int, port: int, shard_addresses: tuple[str, ...]) -> list[str]:
         """See `Commands`."""
@@ -86,7 +88,8 @@ class DatpsCommands:
         """See `Commands`; only worker-0 writes to the run folder, for all replicas are identical."""
         name = f"worker-{index}"
         command = [*_DATPS, "worker", "--json", "--server", server, "--worker-id", name]
-        command += ["--device", self.device, "--threads", str(self.threads)]
+        command += ["--devices", self.devices] if self.devices else ["--device", self.device]
+        command += ["--threads", str(self.threads)]
         if self.data is not None:
             own = self.spec.data.split is Split.OWN
             command += ["--data", str(self.data / name if own else self.data)]

@@ -16,6 +16,7 @@ from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_wo
 from deploy.display import Display
 from deploy.progress import RunView
 from deploy.supervision import Outcome, Patience
+from worker.local.devices import parse_devices
 
 CommandsFactory = Callable[[JobSpec, Path, bool], Commands]
 """(job spec, run folder, resume) -> how the daemons are run."""
@@ -33,6 +34,7 @@ class TrainOptions:
         data: data folder of all workers.
         download: fetch the data set into `data` first.
         device: of the workers.
+        devices: several of each worker instead, `cuda:0,cuda:1` or `cpu:2`; all workers get the same ones.
         baseline: train without attacks, too.
         trace: write the timeline of all processes to trace.json.
     """
@@ -44,6 +46,7 @@ class TrainOptions:
     data: Path | None = None
     download: bool = False
     device: str = "cpu"
+    devices: str | None = None
     baseline: bool = True
     trace: bool = False
 
@@ -174,13 +177,16 @@ class _Run:
 
 
 def _datps_commands(options: TrainOptions) -> CommandsFactory:
+    processes = len(parse_devices(options.devices)) if options.devices else 1
+
     def commands(spec: JobSpec, folder: Path, resume: bool) -> Commands:
         return DatpsCommands(
             spec=spec,
             folder=folder,
             data=options.data,
             device=options.device,
-            threads=threads_per_worker(spec.workers),
+            devices=options.devices,
+            threads=threads_per_worker(spec.workers * processes),
             resume=resume,
             trace=options.trace and folder == options.folder,
         )

@@ -28,7 +28,7 @@ from common.wire.v1 import ps_pb2 as wire
 from ps import rounds as r
 from ps.lanes import Lane, Lanes
 from ps.membership import FormView
-from ps.outcome import REASONS, Outcome, ending_of
+from ps.outcome import REASONS, Outcome, RefusedError, ending_of
 from ps.reduce import ShardReducer
 from ps.streams import Outbox, first_message, kind_of, serve_stream
 
@@ -253,6 +253,7 @@ class Aggregator:
             worker_ids=self._worker_ids,
             buckets=tuple(self._reducer.buckets),
             together=self._reducer.published_together,
+            any_order=self._reducer.added_in_any_order,
             first_round=hello.round,
             deadline_s=self._spec.deadlines.round_s,
             report_s=self._spec.deadlines.report_s,
@@ -269,14 +270,14 @@ class Aggregator:
         try:
             if contribution.incarnation != self._incarnation:
                 rule = f"incarnation={self._incarnation}"
-                raise _RefusedError(wire.REASON_INCARNATION, refusal(rule, "incarnation", contribution.incarnation))
+                raise RefusedError(wire.REASON_INCARNATION, refusal(rule, "incarnation", contribution.incarnation))
             if len(contribution.parameter_digest) != DIGEST_BYTES:
                 size = len(contribution.parameter_digest)
                 text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size)
-                raise _RefusedError(wire.REASON_CONTENT, text)
+                raise RefusedError(wire.REASON_CONTENT, text)
             if number in self._reducer.buckets:
                 self._check(contribution, encoded, lane)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             where = f"round {contribution.round}, bucket {number}, {who}"
             self._refuse(lane.outbox, refused.reason, f"{refused.text} ({where})", contribution)
             return False
@@ -293,20 +294,20 @@ class Aggregator:
         """Checks what is in a contribution to a bucket of this shard.
 
         Raises:
-            _RefusedError: it is not what this stream carries, or not well encoded.
+            RefusedError: it is not what this stream carries, or not well encoded.
         """
         assert self._reducer is not None
         if contribution.bucket not in lane.buckets:
-            raise _RefusedError(wire.REASON_BUCKET, refusal("a bucket of this stream", "bucket", contribution.bucket))
+            raise RefusedError(wire.REASON_BUCKET, refusal("a bucket of this stream", "bucket", contribution.bucket))
         if encoded is None:
             size = len(contribution.scales)
-            raise _RefusedError(wire.REASON_CONTENT, refusal("whole float32 scales", "scale_bytes", size))
+            raise RefusedError(wire.REASON_CONTENT, refusal("whole float32 scales", "scale_bytes", size))
         try:
             self._reducer.check(contribution.bucket, contribution.codec, encoded)
         except CodecError as error:
             expected = self._reducer.push_codec_of(contribution.bucket).wire_name
             reason = wire.REASON_CONTENT if contribution.codec == expected else wire.REASON_CODEC
-            raise _RefusedError(reason, str(error)) from None
+            raise RefusedError(reason, str(error)) from None
 
     def _event(self, event: r.Event, lane: Lane | None = None, encoded: Encoded | None = None) -> bool:
         assert self._rounds is not None
@@ -439,15 +440,6 @@ class Aggregator:
         if contribution is not None:
             refused.round, refused.bucket = contribution.round, contribution.bucket
         outbox.put(wire.ServerMessage(refusal=refused))
-
-
-class _RefusedError(Exception):
-    """A contribution is refused."""
-
-    def __init__(self, reason: int, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
-        self.text = text
 
 
 def tensors_from(messages: Iterable[wire.Tensor]) -> list[TensorSpec]:

@@ -57,3 +57,12 @@ REASONS = {
 def ending_of(number: int) -> Ending:
     """The ending that a peer named; an unknown number counts as a failure."""
     return ENDINGS.get(number, Ending.FAILED)  # type: ignore[call-overload]
+
+
+class RefusedError(Exception):
+    """A contribution is refused."""
+
+    def __init__(self, reason: int, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.text = text

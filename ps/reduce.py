@@ -30,8 +30,9 @@ class ShardReducer:
         self._buckets = {bucket.number: bucket for bucket in layout.of_shard(shard)}
         self._pull = pull_codec(layout, spec, shard)
         self._push = push_codec(layout, spec)
-        self._state = state_codec(layout)
+        self._plain = state_codec(layout)
         self._together = self._find_together()
+        self._undivided = self.added_in_any_order
         self._sums: dict[int, Float32] = {}
         self._free: list[Float32] = []
         self._longest = max((bucket.n for bucket in self._buckets.values()), default=0)
@@ -44,17 +45,24 @@ class ShardReducer:
         return self._together
 
     @property
+    def added_in_any_order(self) -> frozenset[int]:
+        """Buckets of integers, and of scales, of which the largest counts (rule 3 of the rounds)."""
+        if not self._push.needs_shared_scales:
+            return frozenset()
+        return frozenset(n for n, bucket in self._buckets.items() if bucket.kind is not BucketKind.STATE)
+
+    @property
     def buckets(self) -> Mapping[int, Bucket]:
         """This shard's buckets by number."""
         return self._buckets
 
     def push_codec_of(self, bucket: int) -> Codec:
         """The codec that contributions to a bucket must have."""
-        return self._push if self._buckets[bucket].kind is BucketKind.GRADIENT else self._state
+        return self._push if self._buckets[bucket].kind is BucketKind.GRADIENT else self._plain
 
     def pull_codec_of(self, bucket: int) -> Codec:
         """The codec of a bucket's average."""
-        return self._pull if self._buckets[bucket].kind is BucketKind.GRADIENT else self._state
+        return self._pull if self._buckets[bucket].kind is BucketKind.GRADIENT else self._plain
 
     def check(self, number: int, codec: str, encoded: Encoded) -> None:
         """Checks a contribution before any of it is added.
@@ -71,6 +79,11 @@ class ShardReducer:
         """Adds a worker's checked contribution to its bucket's sum, or starts the sum with it."""
         bucket = self._buckets[number]
         total = self._begin_sum(bucket) if first else self._sums[number]
+        if bucket.kind is BucketKind.SCALES and not first:
+            scales = np.empty_like(total)
+            self._plain.decode(encoded, bucket.start, scales, add=False)
+            np.maximum(total, scales, out=total)
+            return
         key = RandomKey(seed=self._seed, round=round_, source=worker)
         self.push_codec_of(number).decode(encoded, bucket.start, total, add=not first, key=key)
 
@@ -82,8 +95,8 @@ class ShardReducer:
         """
         key = RandomKey(seed=self._seed, round=round_, source=SERVER)
         for number in numbers:
-            total = self._sums[number]
-            np.divide(total, self._workers, out=total)
+            if number not in self._undivided:
+                np.divide(self._sums[number], self._workers, out=self._sums[number])
         try:
             together = self._together.issuperset(numbers)
             measured = self._pull.measure(self._whole, self._start) if together else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.codecs.cpu import warm
-from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec, Topology
+from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec
 from common.errors import EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from common.memory import keep_freed_memory
@@ -28,7 +28,7 @@ from worker.exchange.ps import GRACE_S
 from worker.interruptions import AbortRelay, StopFlag, Stopped
 from worker.local.devices import parse_devices
 from worker.local.processes import LocalProcesses, Order
-from worker.local.team import LocalTeam
+from worker.local.team import LocalTeam, refuse_unfit
 from worker.models import build_model
 from worker.record import RunFolder, RunRecorder, accuracies, describe_data
 from worker.replica import load_model
@@ -173,6 +173,8 @@ def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
     checkpoint = _checkpoint_to_resume(options)
     emit("connecting", address=options.server)
     with ExitStack() as stack:
+        local = LocalProcesses(options.local_devices)
+        stack.callback(local.close)
         channel = connect(options.server, options.connect_s, KEEPALIVE_S)
         stack.callback(channel.close)
         coordination = Coordination(channel, options.server, options.worker_id, emit)
@@ -180,8 +182,7 @@ def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:
         spec = coordination.introduce(options.job_id, options.connect_s)
         model = f"{spec.model.name} on {spec.data.name}"
         emit("offered", job_id=spec.job_id, model=model, workers=spec.workers, servers=spec.servers)
-        local = LocalProcesses(_fitting_devices(options, spec))
-        stack.callback(local.close)
+        refuse_unfit(spec, len(options.local_devices))
         job = _Job(options, emit, stop, spec, device, checkpoint, local)
         complete = job.take_part(coordination, stack)
     if not complete:
@@ -256,6 +257,8 @@ class _Job:
         except DatpsError as error:
             cause = self._local.cause(error)
             end = End.after(cause)
+            if cause is error:
+                raise
             raise cause from error
         except Exception as error:
             end = End.after(error)
@@ -351,15 +354,6 @@ class _Job:
             stop_requested=lambda: self._stop.exit_code is not None,
             timeline=self._timeline,
         )
-
-
-def _fitting_devices(options: WorkerOptions, spec: JobSpec) -> tuple[str, ...]:
-    """The devices of all local processes, if the job can be done by several."""
-    devices = options.local_devices
-    if len(devices) > 1 and spec.exchange.topology is Topology.COLLECTIVE:
-        rule = "one device (exchange.topology=collective has no servers to which several processes could be one worker)"
-        raise SpecError(refusal(rule, "devices", options.devices))
-    return devices
 
 
 def _order(options: WorkerOptions, spec: JobSpec, checkpoint: Checkpoint | None) -> Order:

@@ -13,6 +13,10 @@ from common.codecs.floats import Bf16Codec, Fp16Codec, NoneCodec
 from common.codecs.paper import PaperCodec
 from common.codecs.randomized import RandomizedCodec
 from common.codecs.randomness import MAXIMAL_ELEMENTS
+from common.codecs.rotated import RotatedCodec
+from common.codecs.shared import SharedCodec, SumCodec
+from common.codecs.sign import SignCodec
+from common.codecs.topk import TopkCodec, density_of
 from common.config import BlockName, CodecName, CodecSpec
 from common.errors import CodecError, refusal
 
@@ -24,7 +28,10 @@ __all__ = [
     "Encoded",
     "Float32",
     "RandomKey",
+    "SharedCodec",
+    "SumCodec",
     "make_codec",
+    "make_sum_codec",
 ]
 
 
@@ -49,9 +56,30 @@ def make_codec(spec: CodecSpec, *, start: int, stop: int, layer_edges: Sequence[
         return Bf16Codec()
     if spec.name is CodecName.PAPER:
         return PaperCodec(start=start, stop=stop, bits=spec.bits, wire_name=f"{spec.name}/{spec.bits}")
+    if spec.name in (CodecName.ROTATED, CodecName.SHARED, CodecName.SIGN, CodecName.TOPK):
+        return _of_fixed_blocks(spec, start, stop)
     wire_name = f"{spec.name}/{spec.bits}/{spec.block}/{spec.scale}"
     blocks = _blocks(spec.block, start, stop, layer_edges)
     return RandomizedCodec(blocks=blocks, bits=spec.bits, norm=spec.scale, wire_name=wire_name)
+
+
+def make_sum_codec(spec: CodecSpec, workers: int) -> SumCodec:
+    """Builds the codec of the sums that the servers of codec `shared` send."""
+    return SumCodec(largest=workers * ((1 << (spec.bits - 1)) - 1))
+
+
+def _of_fixed_blocks(spec: CodecSpec, start: int, stop: int) -> Codec:
+    """Codecs whose blocks always have one length."""
+    block = spec.block
+    assert isinstance(block, int)  # says CodecSpec
+    if spec.name is CodecName.SIGN:
+        return SignCodec(start=start, stop=stop, block=block, wire_name=f"{spec.name}/{block}")
+    if spec.name is CodecName.TOPK:
+        density = density_of(spec.density)
+        wire_name = f"{spec.name}/{density.numerator}:{density.denominator}/{block}"
+        return TopkCodec(start=start, stop=stop, block=block, density=density, wire_name=wire_name)
+    make = RotatedCodec if spec.name is CodecName.ROTATED else SharedCodec
+    return make(start=start, stop=stop, block=block, bits=spec.bits, wire_name=f"{spec.name}/{spec.bits}/{block}")
 
 
 def _blocks(block: int | BlockName, start: int, stop: int, layer_edges: Sequence[int]) -> Blocks:

@@ -17,6 +17,8 @@ from deploy.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
 ELEMENTS = 30_000
+PAYLOAD_BYTES = ELEMENTS + 4 * -(-ELEMENTS // 512) + 4 * STATE.elements
+"""Of one worker with 8 bits."""
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,21 +34,25 @@ def result_of(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.processes
-def test_exchange_is_measured_on_this_machine() -> None:
-    arguments = ("--workers", "2", "--servers", "2", "--elements", str(ELEMENTS), "--rounds", "3", "--codec", "8x2")
-    result = result_of("exchange", *arguments)
+def test_exchange_is_measured_on_this_machine_with_a_shard_on_every_node(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    arguments = ("--workers", "2", "--topology", "colocated", "--elements", str(ELEMENTS), "--rounds", "2")
+    result = result_of("exchange", *arguments, "--codec", "8x2", "--trace", str(trace))
     (row,) = result["rows"]
-    payload_bytes = ELEMENTS + 4 * -(-ELEMENTS // 512) + 4 * STATE.elements
     assert result["environment"]["cores"] >= 1
-    assert result["settings"][0]["job_spec"]["codec"]["bits"] == 8
-    assert len(row["rounds_s"]) == 3
+    assert result["settings"][0]["job_spec"]["exchange"]["topology"] == "colocated"
+    assert len(row["rounds_s"]) == 2
     assert 0 < row["min_s"] <= row["median_s"]
-    assert row["pushed_bytes_per_worker"] == row["pulled_bytes_per_worker"] == payload_bytes
-    assert payload_bytes <= row["pushed_message_bytes_per_worker"] < 1.2 * payload_bytes
+    assert row["pushed_bytes_per_worker"] == row["pulled_bytes_per_worker"] == PAYLOAD_BYTES
+    assert PAYLOAD_BYTES <= row["pushed_message_bytes_per_worker"] < 1.2 * PAYLOAD_BYTES
     assert row["worker_cpu_s"] > 0
     assert row["limit_s"] is None
+    assert row["shards"] == 2
     if sys.platform == "linux":
         assert row["server_rss_idle_bytes"] > 1 << 20
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert len({event["pid"] for event in events}) == 5  # coordinator, two workers, two shards
+    assert {"round", "encode", "decode"} <= {event["name"] for event in events}
 
 
 @pytest.mark.processes
@@ -55,12 +61,17 @@ def test_network_is_measured_beside_gloo_and_leaves_nothing_behind() -> None:
     before = set(our_namespaces())
     devices = sorted(path.name for path in Path("/sys/class/net").iterdir())
     arguments = ("--nodes", "2", "--rate", "100mbit", "--elements", str(ELEMENTS), "--rounds", "2")
-    result = result_of("network", *arguments, "--codec", "32", "--topology", "colocated")
-    gloo, colocated = result["rows"]
-    assert [row["name"] for row in result["rows"]] == ["gloo 100mbit", "colocated 32 100mbit"]
+    result = result_of("network", *arguments, "--codec", "32", "--topology", "dedicated:2", "--topology", "collective")
+    gloo, dedicated, collective = result["rows"]
+    assert [row["name"] for row in result["rows"]] == [
+        "gloo 100mbit",
+        "dedicated:2 32 100mbit",
+        "collective 32 100mbit",
+    ]
     payload_bytes = 4 * ELEMENTS + 4 * STATE.elements
     assert gloo["limit_s"] == pytest.approx(8 * 4 * ELEMENTS / 1e8)
-    assert colocated["limit_s"] == pytest.approx(8 * payload_bytes / 1e8, rel=0.01)
+    assert dedicated["limit_s"] == pytest.approx(8 * payload_bytes / 1e8, rel=0.01)
+    assert collective["limit_s"] == pytest.approx(gloo["limit_s"], rel=0.01)
     for row in result["rows"]:
         assert row["digest"] == gloo["digest"]  # two float32 vectors: whoever adds them, one sum, all workers alike
         assert row["gloo_over_this"] == pytest.approx(gloo["median_s"] / row["median_s"])
@@ -74,17 +85,48 @@ def test_network_is_measured_beside_gloo_and_leaves_nothing_behind() -> None:
     assert sorted(path.name for path in Path("/sys/class/net").iterdir()) == devices
 
 
+@pytest.mark.processes
+def test_overlap_is_measured_on_this_machine() -> None:
+    arguments = ("--rate", "loopback", "--model", "resnet8", "--batch", "4", "--cycles", "2", "--set", "model.width=8")
+    result = result_of("overlap", *arguments)
+    assert len(result["cycles"]) == 2
+    assert result["setting"]["parameters"] > 1000
+    assert 0 < result["waited_s"] < result["both_s"]
+    assert result["backward_with_exchange_s"] <= result["both_s"]
+    assert result["hidden_fraction"] == pytest.approx(1 - result["waited_s"] / result["exchange_s"])
+
+
+@pytest.mark.processes
+def test_training_through_the_system_ends_where_the_plain_loop_does() -> None:
+    arguments = ("--data", "digits", "--batch", "4", "--steps", "2", "--rounds", "2", "--blocks", "2")
+    result = result_of("throughput", *arguments, "--set", "model.width=8")
+    assert result["same_parameters"] is True
+    assert len(result["blocks_s"]) == len(result["plain_blocks_s"]) == 2
+    assert result["throughput_ratio"] > 0
+    assert 0 < result["waited_fraction"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("exchange", "--codec", "9x2"), "expected 2 to 8, or 16, got bits=9"),
         (("exchange", "--servers", "5", "--elements", "600"), "got servers=5"),
         (("exchange", "--set", "codec.bit=4"), "did you mean codec.bits?"),
+        (("exchange", "--set", "exchange.topology=colocated"), "expected the flag for exchange.topology"),
+        (("exchange", "--codec", "8", "--codec", "4", "--trace", "t.json"), "expected one setting, run once"),
         (("network", "--rate", "fast"), "expected a rate from 1mbit to 100gbit, got rate=fast"),
-        (("network", "--topology", "star"), "expected colocated, dedicated"),
+        (("network", "--topology", "star"), "expected colocated, collective, dedicated"),
+        (("overlap", "--model", "resnet9"), "resnet9"),
+        (("overlap", "--rate", "slow"), "expected a rate from 1mbit to 100gbit, got rate=slow"),
+        (("throughput", "--data", "cats"), "expected synthetic or digits, got data=cats"),
+        (("throughput", "--set", "attack.name=fgsm"), "expected attack.name=pgd, got attack.name=fgsm"),
+        (("throughput", "--set", "data.augment=true"), "expected data.augment=False, got data.augment=True"),
+        (("predict", "--measured", "nothing.json"), "expected a JSON file that can be read, got file=nothing.json"),
+        (("predict", "--topology", "star"), "expected colocated, collective, dedicated"),
+        (("predict", "--codec", "9x2"), "expected 2 to 8, or 16, got bits=9"),
     ],
 )
 def test_mistake_ends_with_words_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 2
-    assert words in done.stderr
+    assert words in " ".join(done.stderr.split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.limits import NodeBytes, ShardBytes, limit_s, parameter_server_bytes, ring_bytes, shard_bytes
+from bench.limits import NodeBytes, ShardBytes, limit_s, node_bytes, parameter_server_bytes, ring_bytes, shard_bytes
 from bench.settings import parse_codec, parse_topology
 from bench.tensors import RESNET50_ELEMENTS, STATE, tensors_of
 from common.layout import plan_layout
@@ -34,7 +34,7 @@ def test_colocated_nodes_differ_where_shards_do() -> None:
 @pytest.mark.parametrize("name", ["colocated", "dedicated", "dedicated:3"])
 def test_what_is_sent_is_received(name: str, workers: int) -> None:
     topology = parse_topology(name, workers)
-    shards = [ShardBytes(pushed=7 + shard, pulled=11 * shard) for shard in range(topology.servers)]
+    shards = [ShardBytes(pushed=7 + shard, pulled=11 * shard) for shard in range(topology.shards)]
     nodes = parameter_server_bytes(topology, shards)
     assert len(nodes) == topology.nodes
     assert sum(node.sent for node in nodes) == sum(node.received for node in nodes)
@@ -42,6 +42,23 @@ def test_what_is_sent_is_received(name: str, workers: int) -> None:
 
 def test_ring_moves_two_times_all_but_one_part() -> None:
     assert ring_bytes(6, 600) == [NodeBytes(sent=4000, received=4000)] * 6
+
+
+@pytest.mark.parametrize(("codec", "gathered"), [("8", 512 * 40 + 4 * 40), ("4", 512 * 20 + 4 * 40)])
+def test_all_gather_brings_every_other_workers_contribution(codec: str, gathered: int) -> None:
+    topology = parse_topology("collective", 5)
+    spec = load_job_spec(settings=[*topology.settings, *parse_codec(codec)])
+    size = 4 * (gathered + 4 * STATE.elements)
+    assert (
+        node_bytes(topology, plan_layout(tensors_of(512 * 40), spec), spec) == [NodeBytes(sent=size, received=size)] * 5
+    )
+
+
+def test_float32_is_reduced_in_a_ring_and_the_state_gathered() -> None:
+    topology = parse_topology("collective", 4)
+    spec = load_job_spec(settings=[*topology.settings, *parse_codec("32")])
+    size = 2 * 3 * 1000 + 3 * 4 * STATE.elements
+    assert node_bytes(topology, plan_layout(tensors_of(1000), spec), spec) == [NodeBytes(sent=size, received=size)] * 4
 
 
 def test_limit_is_the_busiest_direction_over_the_rate() -> None:

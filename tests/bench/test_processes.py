@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench.gate import Gate, StartingLine
-from bench.measure import server_command
-from bench.processes import Crew, Loopback, count_process
+from bench.job import server_command
+from bench.processes import Crew, Loopback, children_of, count_process
 from common.errors import DatpsError, MismatchError, PeerLostError, SpecError
 
 SAYS = "import json, sys; print(json.dumps({'event': 'hello', 'number': 3}), flush=True)"
@@ -34,8 +35,9 @@ def test_server_is_the_real_one_on_any_free_port(tmp_path: Path) -> None:
     assert command[command.index("--host") + 1] == "10.77.0.1"
     assert command[command.index("--port") + 1] == "0"
     assert "--shard-addresses" not in command
-    first = server_command(tmp_path / "job.yaml", "10.77.0.1", 0, ("10.77.0.1:0", "10.77.0.2:5"))
-    assert first[-2:] == ["--shard-addresses", "10.77.0.1:0,10.77.0.2:5"]
+    trace = tmp_path / "trace.json"
+    first = server_command(tmp_path / "job.yaml", "10.77.0.1", 0, ("10.77.0.1:0", "10.77.0.2:5"), trace)
+    assert first[-4:] == ["--shard-addresses", "10.77.0.1:0,10.77.0.2:5", "--trace", str(trace)]
 
 
 def test_process_on_loopback_needs_no_prefix() -> None:
@@ -117,6 +119,16 @@ def test_launcher_that_fails_at_the_start_says_why_and_lets_the_workers_go(tmp_p
 
     with pytest.raises(PeerLostError, match="the links are gone"):
         start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_children_of_a_process_are_found_while_they_run() -> None:
+    before = children_of(os.getpid())
+    child = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
+    assert children_of(os.getpid()) == [*before, child.pid]
+    child.kill()
+    child.wait()
+    assert children_of(os.getpid()) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

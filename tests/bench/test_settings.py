@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from bench.settings import Setting, parse_codec, parse_rate, parse_topology, plan_settings, rate_text, round_deadline_s
+from bench.settings import (
+    Setting,
+    encoded_by,
+    parse_codec,
+    parse_rate,
+    parse_topology,
+    plan_settings,
+    rate_text,
+    round_deadline_s,
+)
 from common.config import CodecName
 from common.errors import SpecError
 
@@ -29,13 +38,14 @@ def plan(**changes: object) -> list[Setting]:
         ("32", ("codec.name=none", "codec.two_sided=false")),
         ("none", ("codec.name=none", "codec.two_sided=false")),
         ("bf16x2", ("codec.name=bf16", "codec.two_sided=true")),
+        ("fp16", ("codec.name=fp16", "codec.two_sided=false")),
     ],
 )
 def test_codec_has_a_short_form(text: str, settings: tuple[str, ...]) -> None:
     assert parse_codec(text) == settings
 
 
-@pytest.mark.parametrize("text", ["", "x2", "8x3", "8 x2", "-8", "fp16:8", "eight", "8x2x2"])
+@pytest.mark.parametrize("text", ["", "x2", "8x3", "8 x2", "-8", "fp16:8", "eight", "8x2x2", "papr:8"])
 def test_codec_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="expected BITS, BITSx2"):
         parse_codec(text)
@@ -58,10 +68,12 @@ def test_rate_that_is_none_or_absurd_is_refused(text: str) -> None:
 
 def test_topologies_place_servers() -> None:
     colocated, dedicated = parse_topology("colocated", 4), parse_topology("dedicated:2", 4)
-    assert (colocated.servers, colocated.nodes) == (4, 4)
-    assert [colocated.node_of_server(shard) for shard in range(4)] == [0, 1, 2, 3]
-    assert (dedicated.servers, dedicated.nodes) == (2, 6)
-    assert [dedicated.node_of_server(shard) for shard in range(2)] == [4, 5]
+    assert (colocated.shards, colocated.nodes) == (4, 4)
+    assert [colocated.node_of_shard(shard) for shard in range(4)] == [0, 1, 2, 3]
+    assert (dedicated.shards, dedicated.nodes) == (2, 6)
+    assert [dedicated.node_of_shard(shard) for shard in range(2)] == [4, 5]
+    collective = parse_topology("collective", 4)
+    assert (collective.shards, collective.nodes) == (0, 4)
     assert str(parse_topology("dedicated", 4)) == "dedicated:1"
 
 
@@ -69,8 +81,26 @@ def test_topologies_place_servers() -> None:
     "text", ["", "ring", "colocated:2", "dedicated:", "dedicated:0", "dedicated:x", "dedicated:65"]
 )
 def test_topology_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="expected colocated, dedicated"):
+    with pytest.raises(SpecError, match="expected colocated, collective, dedicated"):
         parse_topology(text, 4)
+
+
+def test_topology_is_the_jobs_own() -> None:
+    planned = plan(topologies=[parse_topology(name, 3) for name in ("colocated", "collective", "dedicated:2")])
+    jobs = {str(setting.topology): setting.spec for setting in planned if setting.spec}
+    found = {name: (spec.exchange.topology, spec.servers, spec.shards) for name, spec in jobs.items()}
+    assert found == {
+        "colocated": ("colocated", 1, 3),
+        "collective": ("collective", 1, 1),
+        "dedicated:2": ("dedicated", 2, 2),
+    }
+
+
+def test_collectives_encode_no_average_so_that_both_ways_is_one_way_there() -> None:
+    assert encoded_by(parse_topology("collective", 3), "8x2") == "8"
+    assert encoded_by(parse_topology("colocated", 3), "8x2") == "8x2"
+    planned = plan(topologies=[parse_topology("collective", 3)], codecs=["8x2", "8", "32"], rates_bps=[None])
+    assert [setting.name for setting in planned] == ["gloo", "collective 8", "collective 32"]
 
 
 def test_every_rate_has_gloo_and_every_topology_with_every_codec() -> None:
@@ -110,7 +140,9 @@ def test_environment_gives_way_to_flags() -> None:
     assert setting.spec.exchange.bucket_bytes == 65536
 
 
-@pytest.mark.parametrize("key", ["workers", "servers", "codec.bits", "codec.two_sided", "codec.name", "job_id"])
+@pytest.mark.parametrize(
+    "key", ["workers", "servers", "exchange.topology", "codec.bits", "codec.two_sided", "codec.name", "job_id"]
+)
 def test_setting_that_belongs_to_a_flag_is_refused(key: str) -> None:
     with pytest.raises(SpecError, match=f"expected the flag for {key}"):
         plan(settings=[f"{key}=1"])

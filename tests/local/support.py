@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from worker.workplace import Workplace
 CPU = torch.device("cpu")
 WAIT_S = 60.0
 SMALL = ("model.width=4", "data.batch_per_worker=16", "exchange.bucket_bytes=2048")
-"""A model of 1,514 parameters in several buckets."""
+"""A model of 2,358 parameters in several buckets."""
 ATTACK = ("attack.epsilon=0.2", "attack.steps=2", "attack.step_size=0.1")
 
 
@@ -91,17 +92,13 @@ def train(
     sizes: Sequence[int],
     rounds: int,
     checkpoint: Checkpoint | None = None,
-    prepare: Callable[[Workplace], object] = id,
 ) -> list[list[Share]]:
     """All workers of a job, worker i of `sizes[i]` local processes; what each has after round `rounds`."""
     with running_servers(spec) as servers:
         address = servers[0].address
-        workers = [
-            Worker(spec, address, number, size, rounds, checkpoint, prepare) for number, size in enumerate(sizes)
-        ]
+        workers = [Worker(spec, address, number, size, rounds, checkpoint) for number, size in enumerate(sizes)]
         shares = together([lambda w=worker, r=rank: w.run(r) for worker in workers for rank in range(worker.size)])
-    ends = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
-    return [shares[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+    return [shares[start:stop] for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
 class Worker:
@@ -115,11 +112,10 @@ class Worker:
         size: int,
         rounds: int,
         checkpoint: Checkpoint | None,
-        prepare: Callable[[Workplace], object],
     ) -> None:
         self.size = size
         self._spec, self._address, self._number, self._rounds = spec, address, number, rounds
-        self._checkpoint, self._prepare = checkpoint, prepare
+        self._checkpoint = checkpoint
         self._store = Store()
         self._admission: Future[Admission] = Future()
 
@@ -135,7 +131,6 @@ class Worker:
         spec = self._spec
         team = LocalTeam(spec, rank, self.size) if self.size > 1 else None
         workplace = Workplace.build(spec, dataset_of(spec), CPU, self._checkpoint, team)
-        self._prepare(workplace)
         if team:
             team.meet(self._store.store if rank == 0 else join_store(self._store.port), CPU)
         digest = workplace.replica.replica_digest()

@@ -101,7 +101,7 @@ def test_a_sample_meets_the_same_random_numbers_whatever_process_has_it(monkeypa
 
     def recorded(
         self: GradientSignAttack, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, start: torch.Tensor
-    ) -> torch.Tensor:  # noqa: E501
+    ) -> torch.Tensor:
         seen.append(len(images))
         for image, begins in zip(images, start, strict=True):
             key = tuple(image.flatten().tolist())

@@ -76,7 +76,7 @@ class CollectiveExchange:
         self._encoder = Encoder(layout, spec, admission)
         self._plain = state_codec(layout)
         self._link_bytes = link_bytes(layout, spec)
-        self._turns = Turns(layout, whole=push_codec(layout, spec).needs_whole_vector)
+        self._turns = Turns(layout.buckets, whole=push_codec(layout, spec).needs_whole_vector)
         self._condition = threading.Condition()
         self._failure: DatpsError | None = None
         self._awaited: set[int] = set()

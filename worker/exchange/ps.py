@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from common.codecs import SERVER, BlockScales, Codec, Float32, RandomKey
+from common.codecs import SERVER, BlockScales, Codec, Encoded, Float32, RandomKey
 from common.config import JobSpec
 from common.errors import CodecError, DatpsError, MismatchError, PeerLostError, refusal
 from common.events import Emitter
@@ -29,7 +29,9 @@ from common.wire.v1 import ps_pb2 as wire
 from worker import session as s
 from worker.exchange.base import Traffic
 from worker.exchange.coordination import LOOK_S, Admission, End, status_text, tensor_messages
+from worker.exchange.encoder import Encoder
 from worker.exchange.streams import ShardStream, StreamLoop
+from worker.exchange.turns import Turns
 
 FAREWELL_S = 5.0
 GRACE_S = 10.0
@@ -73,6 +75,7 @@ class ParameterServerExchange:
         self._spec = spec
         self._admission = admission
         self._emit = emit
+        self._encoder = Encoder(layout, spec, admission)
         self._push = push_codec(layout, spec)
         self._pull = [pull_codec(layout, spec, shard) for shard in range(layout.shards)]
         self._state_codec = state_codec(layout)
@@ -85,31 +88,35 @@ class ParameterServerExchange:
         self._closing = self._abandoned = False
         self._kept: dict[tuple[int, int], bytes] = {}
         self._awaited: set[int] = set()
-        self._is_ready = [False] * len(layout.buckets)
-        self._next = 0
-        self._measured: BlockScales | None = None
+        in_turn = [bucket for bucket in self._buckets if bucket.kind is not BucketKind.SCALES]
+        self._turns = Turns(in_turn, whole=self._push.needs_whole_vector)
+        self._scales: dict[int, Float32] = {}
         self._pushed_bytes = self._pulled_bytes = 0
-        self._started_s = 0.0
-        self._digest = b""
-        self._round = first_round - 1
+        self._started_s, self._round, self._digest = 0.0, first_round - 1, b""
         self._gradient = self._state = np.empty(0, np.float32)
-        self._encoder = threading.Thread(target=self._encode_all, name="encode", daemon=True)
         self._to_encode: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
-        self._encoder.start()
-        shards = {bucket.shard for bucket in self._buckets}
+        self._encoding = threading.Thread(target=self._encode_all, name="encode", daemon=True)
+        self._encoding.start()
         self._loop = StreamLoop("streams")
-        self._streams = {
-            shard: ShardStream(self._loop, address, shard, timeline)
-            for shard, address in enumerate(admission.shard_addresses)
-            if shard in shards
-        }
+        self._streams = self._make_streams()
+        self._open(connect_s, give_up)
+
+    def _make_streams(self) -> dict[int, ShardStream]:
+        """One for each shard that has buckets of ours."""
+        shards = {bucket.shard for bucket in self._buckets}
+        addresses = enumerate(self._admission.shard_addresses)
+        return {n: ShardStream(self._loop, address, n, self._timeline) for n, address in addresses if n in shards}
+
+    def _open(self, connect_s: float, give_up: Callable[[], None]) -> None:
+        """Connects to all shards and says who we are."""
         try:
             self._connect(connect_s, give_up)
         except BaseException:
             self.abandon()
             raise
         for stream in self._streams.values():
-            stream.put(wire.WorkerMessage(hello=self._hello(stream.shard, first_round)).SerializeToString())
+            hello = self._hello(stream.shard, self._round + 1)
+            stream.put(wire.WorkerMessage(hello=hello).SerializeToString())
             self._loop.start(self._read(stream))
 
     @property
@@ -125,23 +132,17 @@ class ParameterServerExchange:
             self._round, self._gradient, self._digest = round_, gradient, parameter_digest
             self._pushed_bytes = self._pulled_bytes = 0
             self._awaited = {bucket.number for bucket in self._buckets}
-            self._is_ready = [False] * len(self._layout.buckets)
-            self._next, self._measured = 0, None
+            self._encoder.begin(round_, gradient)
+            self._turns.begin()
             self._started_s = 0.0
 
     def ready(self, buckets: Iterable[int]) -> None:
         """See `worker.exchange.base.Exchange`."""
         with self._condition:
             self._started_s = self._started_s or time.perf_counter()
-            for number in buckets:
-                self._is_ready[number] = True
-            whole = self._push.needs_whole_vector and not all(
-                ready or bucket.kind is not BucketKind.GRADIENT
-                for ready, bucket in zip(self._is_ready, self._layout.buckets, strict=True)
-            )
-            while not whole and self._next < len(self._buckets) and self._is_ready[self._buckets[self._next].number]:
-                self._to_encode.put(self._buckets[self._next])
-                self._next += 1
+            for bucket in self._turns.ready(buckets):
+                shares_scales = self._push.needs_shared_scales and bucket.kind is BucketKind.GRADIENT
+                self._to_encode.put(self._layout.scales_of(bucket) if shares_scales else bucket)
 
     def finish(self, state: Float32) -> Traffic:
         """See `worker.exchange.base.Exchange`."""
@@ -189,7 +190,7 @@ class ParameterServerExchange:
                 return
             self._abandoned = self._closing = True
         self._to_encode.put(None)
-        self._encoder.join(FAREWELL_S)
+        self._encoding.join(FAREWELL_S)
         for stream in self._streams.values():
             self._loop.run(stream.close())
         self._loop.close()
@@ -239,7 +240,7 @@ class ParameterServerExchange:
         """Encodes a bucket into its message and hands it to the session."""
         if self._failure:
             return
-        round_, codec, stream = self._round, self._push_codec_of(bucket), self._streams[bucket.shard]
+        round_, codec, stream = self._round, self._encoder.codec_of(bucket), self._streams[bucket.shard]
         header = wire.Contribution(
             view=self._admission.view,
             round=round_,
@@ -250,34 +251,27 @@ class ParameterServerExchange:
         )
         start, n = bucket.start, bucket.n
         frame = new_frame(header, codec.scale_count(start, n), codec.payload_bytes(start, n))
-        key = RandomKey(seed=self._spec.seed, round=round_, source=self._admission.worker_index)
-        try:
-            if self._measured is None and bucket.kind is BucketKind.GRADIENT and self._push.needs_whole_vector:
-                self._measured = self._push.measure(self._gradient, 0)
-            measured = self._measured if bucket.kind is BucketKind.GRADIENT else None
-            with self._timeline.span("encode", round=round_, bucket=bucket.number):
-                encoded = codec.encode(self._values(bucket), start, key, measured, payload=frame.payload)
-        except CodecError as error:
-            where = f"{bucket.kind.value} bucket {bucket.number}, {self.worker_id}, round {round_}"
-            raise CodecError(f"{error}; {where}{self._layer(bucket)}") from None
+        with self._timeline.span("encode", round=round_, bucket=bucket.number, kind=bucket.kind.value):
+            if bucket.kind is BucketKind.SCALES:
+                self._scales[bucket.number] = self._encoder.scales(self._layout.scales_of(bucket))
+            encoded = self._encoder.encode(bucket, self._values(bucket), frame.payload, self._shared(bucket))
         frame.put_scales(encoded.scales)
         with self._condition:
             self._kept[round_, bucket.number] = frame.data
             self._perform(self._session.handle(s.BucketEncoded(bucket=bucket.number)))
 
-    def _layer(self, bucket: Bucket) -> str:
-        values = self._values(bucket)
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bucket.kind is BucketKind.STATE or not bad.size:
-            return ""
-        return f", layer {self._layout.layer_at(bucket.start + int(bad[0]))}"
+    def _shared(self, bucket: Bucket) -> BlockScales | None:
+        """The scales of a gradient bucket that all workers share, where the codec needs them."""
+        if not self._push.needs_shared_scales or bucket.kind is not BucketKind.GRADIENT:
+            return None
+        scales = self._layout.scales_of(bucket)
+        return BlockScales(first_block=scales.start, values=self._scales[scales.number])
 
     def _values(self, bucket: Bucket) -> Float32:
+        if bucket.kind is BucketKind.SCALES:
+            return self._scales[bucket.number]
         vector = self._state if bucket.kind is BucketKind.STATE else self._gradient
         return vector[bucket.start : bucket.stop]
-
-    def _push_codec_of(self, bucket: Bucket) -> Codec:
-        return self._push if bucket.kind is BucketKind.GRADIENT else self._state_codec
 
     def _perform(self, effects: Iterable[s.Effect]) -> None:
         """Performs effects; the condition is held. `Accept` is left to the caller, which decodes without it."""
@@ -349,22 +343,27 @@ class ParameterServerExchange:
             return effects
 
     def _average_received(self, stream: ShardStream, average: BucketMessage) -> None:
-        bucket, codec = self._expected(stream, average)
+        encoded = average.encoded
+        bucket, codec = self._expected(stream, average, encoded)
         effects = self._event(s.AverageReceived(round=average.round, bucket=average.bucket))
         if not any(isinstance(effect, s.Accept) for effect in effects):
             return
-        encoded = average.encoded
         assert encoded is not None
-        with self._timeline.span("decode", round=average.round, bucket=bucket.number):
-            key = RandomKey(seed=self._spec.seed, round=average.round, source=SERVER)
-            codec.decode(encoded, bucket.start, self._values(bucket), add=False, key=key)
+        with self._timeline.span("decode", round=average.round, bucket=bucket.number, kind=bucket.kind.value):
+            values, key = self._values(bucket), RandomKey(seed=self._spec.seed, round=average.round, source=SERVER)
+            codec.decode(encoded, bucket.start, values, add=False, key=key)
+            shared = self._shared(bucket)
+            if shared is not None:
+                self._encoder.average(values, bucket.start, shared)
+        if bucket.kind is BucketKind.SCALES:
+            self._to_encode.put(self._layout.scales_of(bucket))
         with self._condition:
             self._awaited.discard(average.bucket)
             self._pulled_bytes += average.size_bytes
             if not self._awaited:
                 self._condition.notify_all()
 
-    def _expected(self, stream: ShardStream, average: BucketMessage) -> tuple[Bucket, Codec]:
+    def _expected(self, stream: ShardStream, average: BucketMessage, encoded: Encoded | None) -> tuple[Bucket, Codec]:
         """The bucket and codec of an average that is what it should be.
 
         Raises:
@@ -380,7 +379,6 @@ class ParameterServerExchange:
             raise MismatchError(refusal("a bucket of this stream", "bucket", average.bucket, where))
         bucket = self._layout.buckets[average.bucket]
         codec = self._pull[stream.shard] if bucket.kind is BucketKind.GRADIENT else self._state_codec
-        encoded = average.encoded
         if average.codec != codec.wire_name or encoded is None:
             raise MismatchError(refusal(f"codec={codec.wire_name}", "codec", average.codec, where))
         try:

@@ -52,7 +52,7 @@ class Store:
         )
 
 
-def join_store(port: int) -> dist.TCPStore:
+def join_store(port: int) -> dist.Store:
     """The store that process 0 keeps.
 
     Raises:
@@ -65,9 +65,7 @@ def join_store(port: int) -> dist.TCPStore:
 class LocalGroup:
     """One process's place among q; all of them call the same methods in the same order."""
 
-    def __init__(
-        self, store: dist.TCPStore, local_rank: int, size: int, device: torch.device, timeout_s: float
-    ) -> None:
+    def __init__(self, store: dist.Store, local_rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         """Waits for the others.
 
         Args:
@@ -141,7 +139,7 @@ def _wait(work: Any, vector: Tensor) -> None:
 # Groups of their own rather than torch's default one, of which a process has only one: the exchange may want it.
 
 
-def _gloo(store: dist.TCPStore, local_rank: int, size: int, timeout_s: float) -> Any:
+def _gloo(store: dist.Store, local_rank: int, size: int, timeout_s: float) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=LOOPBACK)]
@@ -149,7 +147,7 @@ def _gloo(store: dist.TCPStore, local_rank: int, size: int, timeout_s: float) ->
     return gloo(dist.PrefixStore("gloo", store), local_rank, size, options)
 
 
-def _nccl(store: dist.TCPStore, local_rank: int, size: int, timeout_s: float) -> Any:
+def _nccl(store: dist.Store, local_rank: int, size: int, timeout_s: float) -> Any:
     # a wait then ends with an exception when its time is up; by default the library would end the process
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     nccl: Any = dist.ProcessGroupNCCL

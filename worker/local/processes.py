@@ -118,6 +118,7 @@ class _Process:
         assert self._popen.stdin
         with contextlib.suppress(OSError):
             self._popen.stdin.close()
+        self._popen.terminate()  # it ends by itself, unless it has only begun to import
         try:
             self._popen.wait(_KILL_S)
         except subprocess.TimeoutExpired:
@@ -213,7 +214,10 @@ class LocalProcesses:
                 text = refusal(f"{expected} as in local process 0", "built", got, process.name)
                 raise LocalProcessError(text, MismatchError.exit_code)
         self._team = workplace.team
-        self._team.meet(self._store.store, workplace.device)
+        try:
+            self._team.meet(self._store.store, workplace.device)
+        except GroupBrokenError as error:
+            raise self.cause(error) from None
 
     def admit(self, admission: Admission) -> None:
         """Tells them their place: they open their streams and begin."""

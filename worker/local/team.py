@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.codecs import Float32
-from common.config import JobSpec
+from common.config import JobSpec, Topology
 from common.errors import SpecError, refusal
-from common.layout import BucketKind, Layout, push_codec
+from common.layout import Bucket, BucketKind, Layout, push_codec
 from worker.exchange.base import Traffic
 from worker.exchange.ps import GRACE_S
 from worker.local.group import LocalGroup
@@ -98,12 +98,10 @@ class LocalTeam:
             size: q.
 
         Raises:
-            SpecError: the batch has fewer samples than there are processes.
+            SpecError: several processes cannot do this job.
         """
+        refuse_unfit(spec, size)
         batch = spec.data.batch_per_worker
-        if batch < size:
-            rule = f"data.batch_per_worker of at least {size}, one for each local process"
-            raise SpecError(refusal(rule, "data.batch_per_worker", batch))
         self.local_rank = local_rank
         self.size = size
         self._spec = spec
@@ -114,7 +112,7 @@ class LocalTeam:
         self._edges: tuple[int, ...] = ()
         self._needs_whole_gradient = False
 
-    def meet(self, store: dist.TCPStore, device: torch.device) -> None:
+    def meet(self, store: dist.Store, device: torch.device) -> None:
         """Connects to the others, who come to the same store.
 
         Raises:
@@ -136,13 +134,14 @@ class LocalTeam:
         return Shares(edges=self._edges, index=self.local_rank, gather=self.gather)
 
     def carried(self, layout: Layout) -> frozenset[int]:
-        """The buckets that this process exchanges: those of its slice, and process 0 the state's."""
-        own = self.own
-        return frozenset(
-            bucket.number
-            for bucket in layout.buckets
-            if (own.start <= bucket.start < own.stop if bucket.kind is BucketKind.GRADIENT else self.local_rank == 0)
-        )
+        """The buckets that this process exchanges: those of its slice, with their scales, and process 0 the state's."""
+        return frozenset(bucket.number for bucket in layout.buckets if self._carries(layout, bucket))
+
+    def _carries(self, layout: Layout, bucket: Bucket) -> bool:
+        if bucket.kind is BucketKind.STATE:
+            return self.local_rank == 0
+        gradient = bucket if bucket.kind is BucketKind.GRADIENT else layout.scales_of(bucket)
+        return self.own.start <= gradient.start < self.own.stop
 
     @property
     def own(self) -> slice:
@@ -199,6 +198,21 @@ class LocalTeam:
     def _reachable(self) -> LocalGroup:
         assert self._group is not None
         return self._group
+
+
+def refuse_unfit(spec: JobSpec, size: int) -> None:
+    """Refuses jobs that `size` local processes cannot do as one worker.
+
+    Raises:
+        SpecError: a batch of fewer samples than processes, or no servers.
+    """
+    batch = spec.data.batch_per_worker
+    if batch < size:
+        rule = f"data.batch_per_worker of at least {size}, one for each local process"
+        raise SpecError(refusal(rule, "data.batch_per_worker", batch))
+    if size > 1 and spec.exchange.topology is Topology.COLLECTIVE:
+        rule = "one device of each worker (exchange.topology=collective has no servers to take several for one worker)"
+        raise SpecError(refusal(rule, "devices", size))
 
 
 def slice_edges(layout: Layout, size: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from common.codecs.base import Float32
 from common.codecs.cpu.compile import helper, kernel
 from common.codecs.cpu.levels import draw_levels
 from common.codecs.cpu.packing import GROUP, PIECE, Bytes, Words, pack, piece_end, unpack
-from common.codecs.cpu.prefetch import prefetch_ahead
+from common.codecs.cpu.prefetch import prefetch_ahead, prefetch_bytes
 from common.codecs.cpu.scales import level_factors, within
 
 _KEY = ("uint32", "uint32")
@@ -58,6 +58,7 @@ def encode_paper_short(
         if not within(words[begin:stop], largest):
             return -1
         prefetch_ahead(values, begin, stop)
+        prefetch_bytes(magnitudes, begin * bits // 8, stop * bits // 8)
         index = np.uint32(start + begin + first_word)
         draw_levels(values[begin:stop], index, np.uint32(second_word), first, second, np.float32(top), levels)
         at_top += take_signs(values[begin:stop], levels, top, scale, sign_groups.view(np.int8))

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.codecs.base import Float32
+from numpy.typing import NDArray
+
+from common.codecs.base import Bytes, Float32
 from common.codecs.cpu.compile import announce, helper
 
 AHEAD = 2048
 """Elements between the one that is worked on and the one that is asked for."""
-_LINE = 16
-"""Elements of a cache line."""
+_LINE = 64
+"""Bytes of a cache line."""
 
 
-def prefetch(values: Float32, index: int) -> None:
-    """Asks for the cache line of an element, which may lie behind the end; changes nothing."""
+def prefetch(memory: NDArray[Any], index: int) -> None:
+    """Asks for the cache line of an element, to write to it unless the memory is read-only; changes nothing."""
 
 
 @helper
 def prefetch_ahead(values: Float32, begin: int, end: int) -> None:
     """Asks for as many elements as [begin, end) has, AHEAD elements later."""
-    for index in range(begin + AHEAD, end + AHEAD, _LINE):
+    for index in range(begin + AHEAD, min(end + AHEAD, values.size), _LINE // 4):
         prefetch(values, index)
+
+
+@helper
+def prefetch_bytes(stream: Bytes, begin: int, end: int) -> None:
+    """Asks for bytes that are written soon, all at a time."""
+    for index in range(begin, min(end, stream.size), _LINE):
+        prefetch(stream, index)
 
 
 @announce
@@ -40,19 +49,19 @@ def _register() -> None:
     cgutils: Any = untyped
 
     @intrinsic
-    def instruction(typing_context: Any, values: Any, index: Any) -> Any:  # noqa: ARG001
+    def instruction(typing_context: Any, memory: Any, index: Any) -> Any:  # noqa: ARG001
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
             byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
             function = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
             address = builder.bitcast(builder.gep(array.data, [arguments[1]]), byte)
-            read, near, data = word(0), word(3), word(1)
+            write, near, data = word(int(memory.mutable)), word(3), word(1)
             intrinsic_function = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-            builder.call(intrinsic_function, [address, read, near, data])
+            builder.call(intrinsic_function, [address, write, near, data])
 
-        return types.void(values, index), generate
+        return types.void(memory, index), generate
 
     @overload(prefetch, strict=False)
-    def overloaded(values: Any, index: Any) -> Any:  # noqa: ARG001
+    def overloaded(memory: Any, index: Any) -> Any:  # noqa: ARG001
         generator: Any = instruction
-        return lambda values, index: generator(values, index)
+        return lambda memory, index: generator(memory, index)

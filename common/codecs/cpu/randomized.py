@@ -9,7 +9,7 @@ from common.codecs.base import Float32
 from common.codecs.cpu.compile import helper, kernel
 from common.codecs.cpu.levels import draw_levels, draw_short_fields
 from common.codecs.cpu.packing import GROUP, Bytes, Words, extend_signs, pack, piece_end, unpack
-from common.codecs.cpu.prefetch import prefetch_ahead
+from common.codecs.cpu.prefetch import prefetch_ahead, prefetch_bytes
 from common.codecs.cpu.scales import BLOCKS, block_end, find_scale, level_factors
 
 _KEY = ("uint32", "uint32")
@@ -63,6 +63,7 @@ def encode_short(
         while begin < end:
             stop = min(end, piece_end(piece, n))
             prefetch_ahead(values, begin, stop)
+            prefetch_bytes(payload, begin * bits // 8, stop * bits // 8)
             index = np.uint32(start + begin + first_word)
             target = fields[begin - piece : stop - piece]
             draw_short_fields(values[begin:stop], index, np.uint32(second_word), first, second, top, target)
@@ -92,7 +93,7 @@ def encode_long(
     room: NDArray[np.float64],
 ) -> int:
     """Encodes a bucket in 16 bits; `levels` is room for those of a piece, for the rest see `encode_short`."""
-    n, words, scale_words = values.size, values.view(np.int32), scales.view(np.int32)
+    n, words, scale_words, stream = values.size, values.view(np.int32), scales.view(np.int32), payload.view(np.uint8)
     begin = 0
     for k in range(scales.size):
         end = block_end(k, start, n, length, edges, first_block)
@@ -102,6 +103,7 @@ def encode_long(
         while begin < end:
             stop = piece_end(begin, end)
             prefetch_ahead(values, begin, stop)
+            prefetch_bytes(stream, 2 * begin, 2 * stop)
             index = np.uint32(start + begin + first_word)
             draw_levels(values[begin:stop], index, np.uint32(second_word), first, second, _LONG_TOP, levels)
             with_signs(values[begin:stop], levels, payload[begin:stop])

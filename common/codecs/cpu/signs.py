@@ -30,7 +30,7 @@ Words32 = NDArray[np.uint32]
 
 def word_of(number: np.float32) -> np.uint32:
     """The bits of a float32."""
-    return np.float32(number).view(np.uint32)  # type: ignore[no-any-return]
+    return np.float32(number).view(np.uint32)
 
 
 def set_run(values: Float32, out: Float32, at: int, word: np.uint32, factor: np.uint32) -> None:
@@ -141,7 +141,8 @@ def _register() -> None:
 
         return types.uint32(types.float32), generate
 
-    setter, adder, reinterpreted = compiled(False), compiled(True), bits
+    setter, adder = compiled(False), compiled(True)
+    reinterpreted: Any = bits
 
     @overload(set_run, strict=False)
     def _(values: Any, out: Any, at: Any, word: Any, factor: Any) -> Any:  # noqa: ARG001
