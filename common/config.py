@@ -273,13 +273,9 @@ class CodecSpec(Section):
     @field_validator("bits")
     @classmethod
     def _bits_are_supported(cls, bits: int, info: ValidationInfo) -> int:
-        name = info.data.get("name")
-        if name is CodecName.ROTATED:
-            supported, rule = [1, 2, 3, 4], "1 to 4 (codec rotated)"
-        elif name is CodecName.SHARED:
-            supported, rule = [2, 3, 4, 5, 6, 7, 8], "2 to 8 (codec shared)"
-        else:
-            supported, rule = [2, 3, 4, 5, 6, 7, 8, 16], "2 to 8, or 16"
+        by_name = {CodecName.ROTATED: ("1 to 4 (codec rotated)", [1, 2, 3, 4])}
+        by_name[CodecName.SHARED] = ("2 to 8 (codec shared)", [2, 3, 4, 5, 6, 7, 8])
+        rule, supported = by_name.get(info.data.get("name"), ("2 to 8, or 16", [2, 3, 4, 5, 6, 7, 8, 16]))
         if bits not in supported:
             raise ValueError(refusal(rule, "bits", bits))
         return bits
@@ -307,11 +303,15 @@ class CodecSpec(Section):
     @field_validator("two_sided")
     @classmethod
     def _averages_are_not_biased(cls, two_sided: bool, info: ValidationInfo) -> bool:
-        name = info.data.get("name")
-        if two_sided and name in (CodecName.SIGN, CodecName.TOPK):
-            rule = f"two_sided=false (codec {name} needs error feedback, and servers keep no residual)"
+        if two_sided and info.data.get("name") in (CodecName.SIGN, CodecName.TOPK):
+            rule = "two_sided=false (codecs sign and topk need a residual, and servers keep none)"
             raise ValueError(refusal(rule, "two_sided", True))
         return two_sided
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether each worker keeps what it did not send: the codec is biased."""
+        return self.name in (CodecName.SIGN, CodecName.TOPK)
 
 
 class ExchangeSpec(Section):

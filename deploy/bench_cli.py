@@ -246,7 +246,8 @@ def predict_(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated. [default: dedicated:1, dedicated:4, colocated, collective]", show_default=False
+            help="May be repeated; dedicated servers are nodes on top. [default: dedicated:1, colocated, collective]",
+            show_default=False,
         ),
     ] = None,
     codec: Annotated[
@@ -269,7 +270,7 @@ def predict_(
         from bench.tensors import elements_of
 
         question = Question(
-            topologies=tuple(topology or ("dedicated:1", "dedicated:4", "colocated", "collective")),
+            topologies=tuple(topology or ("dedicated:1", "colocated", "collective")),
             codecs=tuple(codec or ("32", "8x2", "4x2")),
             rates_bps=tuple(parse_rate(each) for each in rate or ("200mbit", "1gbit", "10gbit")),
             elements=elements_of(elements),

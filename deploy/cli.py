@@ -33,11 +33,16 @@ from deploy.flags import devices_of, given
 
 _FLAGS = (
     *("baseline", "connect_s", "data", "device", "devices", "download", "host", "job", "json", "out", "port", "recipe"),
-    *("resume", "server", "shard", "shard_addresses", "threads", "trace", "worker_id"),
+    *("resume", "server", "shard", "shard_addresses", "state", "threads", "trace", "worker_id"),
 )
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
 """Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
 the same).
+"""
+
+GRPC_EXPERIMENTS = "tcp_frame_size_tuning,tcp_rcv_lowat"
+"""gRPC then wakes a reader when a message is there, not for each packet of it. It is read when grpc is imported, so it
+has to be in the environment before; one that is set there already is left alone.
 """
 
 app = typer.Typer(
@@ -106,6 +111,14 @@ HostOption = Annotated[
 TraceFileOption = Annotated[
     Path | None,
     typer.Option("--trace", envvar=_variable("trace"), help="File for a timeline (Chrome trace)", show_default=False),
+]
+WorkerOutOption = Annotated[
+    Path | None,
+    typer.Option("--out", envvar=_variable("out"), help="Run folder to write to; nothing is written if absent."),
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option("--state", envvar=_variable("state"), help="Folder for the residuals of biased codecs."),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", envvar=_variable("json"), help="Machine-readable output on standard output.")
@@ -205,13 +218,11 @@ def worker(
     device: DeviceOption = "cpu",
     devices: DevicesOption = None,
     threads: ThreadsOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(envvar=_variable("out"), help="Run folder to write to; nothing is written if absent."),
-    ] = None,
+    out: WorkerOutOption = None,
     resume: Annotated[
         Path | None, typer.Option(envvar=_variable("resume"), help="Run folder or checkpoint to go on from.")
     ] = None,
+    state: StateOption = None,
     trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -235,6 +246,7 @@ def worker(
             threads=threads,
             out=out,
             resume=resume,
+            state=state,
         )
         code = run(options, Emitter(worker_id, as_json=as_json or None))
     raise typer.Exit(code)
@@ -362,7 +374,8 @@ def default_worker_id() -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script, and of the daemons that it starts."""
+    os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
     app()
 
 

@@ -18,7 +18,7 @@ from common.codecs.cpu import warm
 from common.config import JobSpec, Split
 from common.spec_sources import ENVIRONMENT_PREFIX
 from deploy.process import Child, last_stderr_lines
-from deploy.runs import JOB, LOGS, TRACES
+from deploy.runs import CHECKPOINTS, JOB, LOGS, RESIDUALS, TRACES
 from deploy.supervision import (
     Done,
     Effect,
@@ -85,7 +85,7 @@ class DatpsCommands:
         return [*command, "--shard-addresses", ",".join(shard_addresses)] if shard_addresses else command
 
     def worker(self, *, index: int, server: str) -> list[str]:
-        """See `Commands`; only worker-0 writes to the run folder, for all replicas are identical."""
+        """See `Commands`; only worker-0 writes to the run folder, for all replicas are identical, but for residuals."""
         name = f"worker-{index}"
         command = [*_DATPS, "worker", "--json", "--server", server, "--worker-id", name]
         command += ["--devices", self.devices] if self.devices else ["--device", self.device]
@@ -95,8 +95,18 @@ class DatpsCommands:
             command += ["--data", str(self.data / name if own else self.data)]
         if index == 0:
             command += ["--out", str(self.folder)]
+        if self.spec.codec.keeps_residual:
+            command += ["--state", str(self.folder / RESIDUALS)]
         command += self._trace(name)
-        return [*command, "--resume", str(self.folder)] if self.resume else command
+        return [*command, "--resume", str(self._to_resume())] if self.resume else command
+
+    def _to_resume(self) -> Path:
+        """The run folder; of biased codecs the newest checkpoint that has the residuals of all workers beside it."""
+        if not self.spec.codec.keeps_residual:
+            return self.folder
+        from worker.residuals import newest_whole
+
+        return newest_whole(self.folder / RESIDUALS, self.folder / CHECKPOINTS, self.spec.workers) or self.folder
 
     def _trace(self, name: str) -> list[str]:
         return ["--trace", str(self.folder / TRACES / f"{name}.json")] if self.trace else []

@@ -1,7 +1,7 @@
 """Run folders: where they are made, what the launcher writes into them, and what it reads back.
 
 `job.yaml` and `logs/` are the launcher's; `rounds.jsonl`, `checkpoints/` and `result.json` are worker-0's, but for the
-baseline that is added to the result at the end.
+baseline that is added to the result at the end. `residuals/`, of biased codecs, has a file of each worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RUNS = Path("runs")
 LATEST = "latest"
 JOB, RESULT, LOGS, BASELINE = "job.yaml", "result.json", "logs", "baseline"
 TRACES, TRACE = "traces", "trace.json"
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS, RESIDUALS = "checkpoints", "residuals"
 _CHECKPOINT = re.compile(r"round-\d{6,}")
 
 
@@ -84,7 +84,7 @@ def read_job(folder: Path) -> tuple[JobSpec, str]:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run left a checkpoint to go on from."""
-    checkpoints = folder / _CHECKPOINTS
+    checkpoints = folder / CHECKPOINTS
     return checkpoints.is_dir() and any(_CHECKPOINT.fullmatch(path.name) for path in checkpoints.iterdir())
 
 

@@ -32,6 +32,7 @@ from worker.local.team import LocalTeam, refuse_unfit
 from worker.models import build_model
 from worker.record import RunFolder, RunRecorder, accuracies, describe_data
 from worker.replica import load_model
+from worker.residuals import Residuals
 from worker.trainer import Trainer
 from worker.workplace import Workplace, open_device, refuse_other_data
 
@@ -58,6 +59,7 @@ class WorkerOptions:
         host: this node's address for its shard or store; None: found out.
         shard_command: how this node's shard is run, if the job is colocated.
         trace: file that the timeline is written to at the end.
+        state: folder for what is this worker's alone, the residual of a biased codec; None keeps it in memory only.
     """
 
     server: str
@@ -74,6 +76,7 @@ class WorkerOptions:
     host: str | None = None
     shard_command: tuple[str, ...] = ()
     trace: Path | None = None
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         if not WORKER_ID.fullmatch(self.worker_id):
@@ -231,6 +234,10 @@ class _Job:
         if options.out:
             self._folder = RunFolder(options.out, resumed=checkpoint, anew=options.resume is not None)
         self._recorder: RunRecorder | None = None
+        self._residuals: Residuals | None = None
+        if checkpoint and spec.codec.keeps_residual and options.state is None:
+            rule = f"--state FOLDER, which holds this worker's residual (codec {spec.codec.name})"
+            raise SpecError(refusal(rule, "state", None, "a resumed run"))
 
     def take_part(self, coordination: Coordination, stack: ExitStack) -> bool:
         """From readiness to Leave; True if the training is complete.
@@ -249,6 +256,7 @@ class _Job:
             self._local.admit(admission)
             exchange = node.open(admission, self._layout, self.round, relay.raise_if_aborted)
             relay.attach(exchange)
+            self._residuals = self._open_residuals(exchange, admission)
             complete = self._train(exchange, admission)
             end = End(ending=wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED)
         except Stopped:
@@ -271,6 +279,17 @@ class _Job:
         if self._options.trace:
             self._timeline.write(self._options.trace)
         return complete
+
+    def _open_residuals(self, exchange: Exchange, admission: Admission) -> Residuals | None:
+        """What this worker alone saves; the exchange goes on with what it has saved before."""
+        options, keep = self._options, self._spec.checkpoint.keep
+        if exchange.feedback is None or options.state is None:
+            return None
+        residuals = Residuals(
+            options.state, exchange.feedback, layout=self._layout, worker_index=admission.worker_index, keep=keep
+        )
+        residuals.begin(self.round, anew=options.resume is not None)
+        return residuals
 
     def _node_options(self) -> NodeOptions:
         options = self._options
@@ -335,6 +354,7 @@ class _Job:
             rounds=rounds,
             folder=self._folder,
             device=devices,
+            residuals=self._residuals,
         )
         self._emit(
             "admitted",

@@ -22,6 +22,7 @@ from worker.checkpoint import Checkpoint, forget_after, save_checkpoint
 from worker.data import Dataset
 from worker.evaluation import Evaluation
 from worker.replica import Replica
+from worker.residuals import Residuals
 from worker.trainer import RoundReport
 
 JOB, ROUNDS, RESULT, CHECKPOINTS = "job.yaml", "rounds.jsonl", "result.json", "checkpoints"
@@ -114,8 +115,10 @@ class RunRecorder:
         rounds: int,
         folder: RunFolder | None,
         device: str = "",
+        residuals: Residuals | None = None,
     ) -> None:
-        """`device`: what the result names; if empty, where the parameters are."""
+        """`device`: what the result names; if empty, where the parameters are. `residuals`: what each worker saves."""
+        self._residuals = residuals
         self._device = device or str(replica.parameters.theta.device)
         self._emit = emit
         self._spec = spec
@@ -140,7 +143,9 @@ class RunRecorder:
         self._emit("evaluation", round=round_, samples=evaluation.samples, **accuracies(evaluation))
 
     def save(self, round_: int) -> None:
-        """See `worker.trainer.Recorder`; without a run folder nothing is saved."""
+        """See `worker.trainer.Recorder`; without a run folder nothing but this worker's residual is saved."""
+        if self._residuals:
+            self._residuals.save(round_)
         if not self._folder:
             return
         description = {

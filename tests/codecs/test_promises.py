@@ -142,7 +142,7 @@ def test_a_bucket_of_another_size_is_refused(spec: CodecSpec) -> None:
     shorter = replace(encoded, payload=bytes(encoded.payload)[:-1])
     more = replace(encoded, scales=np.append(encoded.scales, np.float32(1)))
     for wrong in (shorter, more):
-        with pytest.raises(CodecError, match="expected .*, got"):
+        with pytest.raises(CodecError, match=r"expected .*, got"):
             codec.check(wrong, 0, D)
         with pytest.raises(CodecError, match=r"expected .* bytes, .* scales, got bucket="):
             codec.decode(wrong, 0, np.zeros(D, np.float32), add=False, key=KEY)

@@ -180,7 +180,7 @@ def test_the_bias_that_is_left_for_the_worst_vectors_falls_with_the_square_of_th
 
 @pytest.mark.parametrize("name", ["two large", "heavy tailed"])
 def test_a_single_pass_would_be_noticed(name: str) -> None:
-    """Shows that the test above can fail: EDEN's one pass of signs and transform, on vectors with few large elements."""
+    """Shows that these tests can fail: EDEN's one pass of signs and transform, on vectors with few large elements."""
     n, copies = 256, 1500
     values = np.tile(VECTORS[name](n), copies)
     encoded = reference.encode(values, 0, KEY, 1, n, passes=1)

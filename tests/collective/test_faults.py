@@ -18,7 +18,7 @@ from tests.collective.support import CollectiveMember, collective, collective_me
 from tests.support import DEADLINE_S, TENSORS, in_threads, introduce, ready, running_server, silent
 from worker.exchange import collective as exchange_module
 from worker.exchange.coordination import Admission, End
-from worker.exchange.group import RollCall, meet, open_store
+from worker.exchange.group import Pending, RollCall, meet, open_store
 from worker.exchange.nodes import NodeOptions, make_node
 
 
@@ -252,3 +252,25 @@ def test_a_peer_that_is_gone_before_the_group_has_formed_ends_the_others() -> No
         with pytest.raises(PeerLostError, match="worker-1 is gone"):
             first.result(DEADLINE_S)
         node.close()
+
+
+class SlowWork:
+    """A collective on a device, which is done after some looks and cannot be waited for."""
+
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
+
+    def is_completed(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+    def wait(self) -> None:
+        raise RuntimeError("a rank is gone")
+
+
+def test_a_collective_on_a_device_is_looked_at_until_it_has_ended() -> None:
+    pending: Pending[None] = Pending(SlowWork(looks=5), lambda: None, on_cpu=False)
+    assert not pending.ended(0.0)
+    assert pending.ended(DEADLINE_S)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        pending.result()

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from common.codecs import SERVER, Float32, RandomKey
+from common.codecs import SERVER, BlockScales, Float32, RandomKey
+from common.codecs.shared import SharedCodec, average_of_sums
 from common.config import JobSpec
 from common.errors import CodecError, MismatchError, PeerLostError
 from common.layout import BucketKind, Layout, TensorSpec, plan_layout, pull_codec, push_codec, state_codec
@@ -25,6 +26,10 @@ CODECS = {
     "3 bits l2 layer": ["codec.bits=3", "codec.two_sided=true", "codec.block=layer", "codec.scale=l2"],
     "16 bits all": ["codec.bits=16", "codec.two_sided=true", "codec.block=all"],
     "paper 8 bits 2-sided": ["codec.name=paper", "codec.bits=8", "codec.two_sided=true"],
+    "rotated 2 bits 2-sided": ["codec.name=rotated", "codec.bits=2", "codec.two_sided=true", "codec.block=64"],
+    "shared 4 bits": ["codec.name=shared", "codec.bits=4", "codec.block=64"],
+    "sign": ["codec.name=sign", "codec.block=64"],
+    "topk": ["codec.name=topk", "codec.block=64", "codec.density=1/8"],
 }
 
 
@@ -64,22 +69,29 @@ def reference(layout: Layout, spec: JobSpec, rounds: int) -> list[tuple[bytes, b
     """The averages by the definition, without buckets, streams or threads: (A3), in order of worker_index."""
     g, s = gradients(layout, spec.workers, rounds), states(layout, spec.workers, rounds)
     push = push_codec(layout, spec)
-    averages = []
+    averages, residuals = [], np.zeros((spec.workers, layout.d))
     for round_ in range(rounds):
-        total = np.zeros(layout.d, np.float32)
+        total, shared = np.zeros(layout.d, np.float32), None
+        if isinstance(push, SharedCodec):
+            largest = np.max([push.local_scales(g[round_, worker], 0) for worker in range(spec.workers)], axis=0)
+            shared = BlockScales(first_block=0, values=largest)
         for worker in range(spec.workers):
             key = RandomKey(seed=spec.seed, round=round_, source=worker)
             decoded = np.empty(layout.d, np.float32)
-            encoded = push.encode(g[round_, worker], 0, key, push.measure(g[round_, worker], 0))
-            push.decode(encoded, 0, decoded, add=False)
+            wanted = g[round_, worker] + residuals[worker]
+            vector = wanted.astype(np.float32)
+            push.decode(push.encode(vector, 0, key, shared or push.measure(vector, 0)), 0, decoded, add=False, key=key)
+            residuals[worker] = wanted - decoded if push.biased else 0
             total = decoded if worker == 0 else total + decoded
-        average = total / np.float32(spec.workers)
+        average = total if shared else total / np.float32(spec.workers)
         for (start, stop), shard in {layout.encoder_range(shard): shard for shard in range(spec.servers)}.items():
             pull = pull_codec(layout, spec, shard)
             part = average[start:stop].copy()
             key = RandomKey(seed=spec.seed, round=round_, source=SERVER)
             encoded = pull.encode(part, start, key, pull.measure(part, start))
-            pull.decode(encoded, start, average[start:stop], add=False)
+            pull.decode(encoded, start, average[start:stop], add=False, key=key)
+        if shared:
+            average_of_sums(push, average, 0, shared, spec.workers)
         state = s[round_, 0].copy()
         for worker in range(1, spec.workers):
             state = state + s[round_, worker]

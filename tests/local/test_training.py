@@ -129,6 +129,14 @@ def test_codecs_whose_scales_span_slices_encode_the_bytes_of_one_process(codec: 
     assert abs(ours.pushed_bytes - theirs.pushed_bytes) < 64  # both say all buckets; headers may differ by some bytes
 
 
+@pytest.mark.parametrize("codec", ["name=shared", "name=rotated", "name=sign", "name=topk", "name=paper", "name=bf16"])
+def test_every_codec_keeps_workers_of_several_processes_equal(codec: str) -> None:
+    settings = (f"codec.{codec}", "codec.bits=4", "servers=2", "exchange.bucket_bytes=1024")
+    workers = train(spec_of(2, *settings), [2, 1], ROUNDS)
+    assert len(digests(workers)) == 1
+    assert len(set(slices_of(workers))) == 2
+
+
 def test_processes_without_a_bucket_of_their_own_only_compute() -> None:
     spec = spec_of(1, *NO_DRAWS, "exchange.bucket_bytes=1000000", "data.batch_per_worker=24")
     one = train(spec, [3], ROUNDS)

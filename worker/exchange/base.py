@@ -8,6 +8,7 @@ from typing import Protocol
 
 from common.codecs import Float32
 from worker.exchange.coordination import End
+from worker.exchange.feedback import ErrorFeedback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Exchange(Protocol):
 
     stop_requested: str | None
     """Why a server asks all workers to stop, if one does."""
+    feedback: ErrorFeedback | None
+    """What earlier rounds left unsent, if the codec is biased; to be saved and loaded between rounds only."""
 
     def begin(self, round_: int, gradient: Float32, parameter_digest: bytes) -> None:
         """Begins a round.

@@ -74,6 +74,7 @@ class CollectiveExchange:
         self._emit = emit
         self._timeline = timeline
         self._encoder = Encoder(layout, spec, admission)
+        self.feedback = self._encoder.feedback
         self._plain = state_codec(layout)
         self._link_bytes = link_bytes(layout, spec)
         self._turns = Turns(layout.buckets, whole=push_codec(layout, spec).needs_whole_vector)
@@ -177,14 +178,14 @@ class CollectiveExchange:
 
     def _start(self, bucket: Bucket) -> None:
         """Encodes a bucket and starts its collective."""
-        if self._is_summed(bucket):
-            self._wait_for_room(4 * bucket.n)
+        codec, summed = self._encoder.codec_of(bucket), self._is_summed(bucket)
+        if not self._make_room(4 * bucket.n if summed else codec.wire_bytes(bucket.start, bucket.n)):
+            return
+        if summed:
             self._encoder.check(bucket, self._values(bucket))
             reduced = self._group.all_reduce(self._values(bucket))
             self._under_way.put((reduced, lambda _: self._take_sum(bucket)))
         else:
-            codec = self._encoder.codec_of(bucket)
-            self._wait_for_room(codec.wire_bytes(bucket.start, bucket.n))
             gathered = self._group.all_gather(self._encode(bucket, codec))
             self._under_way.put((gathered, lambda rows: self._take_contributions(bucket, codec, rows)))
         if bucket.number == len(self._layout.buckets) - 1:
@@ -199,16 +200,16 @@ class CollectiveExchange:
         own[:edge] = encoded.scales.astype("<f4", copy=False).view(np.uint8)
         return own
 
-    def _wait_for_room(self, more_bytes: int) -> None:
-        """Waits until what is under way leaves room for so much more in the window."""
+    def _make_room(self, more_bytes: int) -> bool:
+        """Waits until so much more fits into the window beside what is under way; False after a failure."""
 
         def room() -> bool:
-            held = self._held_bytes
-            return not held or held + more_bytes <= self._spec.exchange.window_bytes or self._failure is not None
+            return not self._held_bytes or self._held_bytes + more_bytes <= self._spec.exchange.window_bytes
 
         with self._condition:
-            self._condition.wait_for(room)
+            self._condition.wait_for(lambda: self._failure or room())
             self._held_bytes += more_bytes
+            return self._failure is None
 
     # Taking what collectives bring, on a thread of its own
 

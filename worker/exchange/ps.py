@@ -76,6 +76,7 @@ class ParameterServerExchange:
         self._admission = admission
         self._emit = emit
         self._encoder = Encoder(layout, spec, admission)
+        self.feedback = self._encoder.feedback
         self._push = push_codec(layout, spec)
         self._pull = [pull_codec(layout, spec, shard) for shard in range(layout.shards)]
         self._state_codec = state_codec(layout)

@@ -16,7 +16,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from common.codecs.cpu import warm
 from common.errors import EXIT_RETRY, DatpsError, MismatchError, PeerLostError
 from common.events import Emitter
 from common.memory import keep_freed_memory
@@ -108,7 +107,6 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # process 0 decides what they mean
     words, emit = _leash(), Emitter("local process", as_json=True)
-    warm()
     try:
         order = Order(**words.get())
         workplace = build(order)

@@ -213,6 +213,9 @@ def refuse_unfit(spec: JobSpec, size: int) -> None:
     if size > 1 and spec.exchange.topology is Topology.COLLECTIVE:
         rule = "one device of each worker (exchange.topology=collective has no servers to take several for one worker)"
         raise SpecError(refusal(rule, "devices", size))
+    if size > 1 and spec.codec.keeps_residual:
+        rule = f"one device of each worker (codec {spec.codec.name}: its residual is kept by one process)"
+        raise SpecError(refusal(rule, "devices", size))
 
 
 def slice_edges(layout: Layout, size: int) -> tuple[int, ...]:

@@ -129,9 +129,14 @@ def _sources(function: FunctionType, seen: set[FunctionType]) -> Iterator[bytes]
         constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
         yield code.co_code + repr((constants, code.co_names, code.co_varnames)).encode()
         named += [function.__globals__.get(name) for name in code.co_names]
-    for value in named:
+    while named:
+        value = named.pop()
         if isinstance(value, FunctionType) and value not in seen:
             yield from _sources(value, seen)
+        elif isinstance(value, tuple):
+            named += value
+        elif isinstance(value, np.ndarray):
+            yield f"{value.dtype}{value.shape}".encode() + value.tobytes()
         elif isinstance(value, int | float | str | np.generic):
             yield repr(value).encode()
 

@@ -14,8 +14,10 @@ CENTROIDS = {
     1: [1.0],
     2: [0.452780034636, 1.5104176085],
     3: [0.245094178944, 0.756005281206, 1.3439092785, 2.15194570454],
-    4: [0.128395029851, 0.38804829949, 0.656759118532, 0.942340456487]
-    + [1.25623119735, 1.61804638602, 2.06901722653, 2.732589571],
+    4: [
+        *(0.128395029851, 0.38804829949, 0.656759118532, 0.942340456487),
+        *(1.25623119735, 1.61804638602, 2.06901722653, 2.732589571),
+    ],
 }
 
 
@@ -87,10 +89,7 @@ def decode(encoded: Encoded, start: int, n: int, key: RandomKey, bits: int, bloc
     """`Codec.decode` onto new memory."""
     c, rotated = centroids(bits), n - n % 64
     fields = unpack(bytes(encoded.payload)[: rotated * bits // 8], rotated, bits)
-    if bits == 1:
-        fields = -fields.astype(np.int8)
-    else:
-        fields = signed(fields, bits)
+    fields = -fields.astype(np.int8) if bits == 1 else signed(fields, bits)
     out = np.empty(n, np.float32)
     for scale, (begin, end) in zip(encoded.scales, pieces(n, block), strict=True):
         field, length = fields[begin:end].astype(np.int64), end - begin
