@@ -31,10 +31,8 @@ WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
 MAXIMAL_BLOCK = 1 << 19
 """Elements; a bucket holds at least one block, and as float32 it must stay below gRPC's 4 MiB receive limit."""
-MAXIMAL_ROTATION = 1 << 15
-"""Elements of a block that is rotated as one: it must stay in a core's caches."""
-MAXIMAL_TOPK = 1 << 16
-"""Elements of a block that topk chooses from: their places have 16 bits at most."""
+MAXIMAL_ROTATION, MAXIMAL_TOPK = 1 << 15, 1 << 16
+"""Elements of a block that is rotated as one, in a core's caches; and of one that topk chooses from, in 16 bits."""
 MAXIMAL_SUM = (1 << 15) - 1
 """Of the integers that a server adds: they travel in 16 bits at most."""
 
@@ -273,7 +271,7 @@ class CodecSpec(Section):
     @field_validator("bits")
     @classmethod
     def _bits_are_supported(cls, bits: int, info: ValidationInfo) -> int:
-        by_name = {CodecName.ROTATED: ("1 to 4 (codec rotated)", [1, 2, 3, 4])}
+        by_name: dict[object, tuple[str, list[int]]] = {CodecName.ROTATED: ("1 to 4 (codec rotated)", [1, 2, 3, 4])}
         by_name[CodecName.SHARED] = ("2 to 8 (codec shared)", [2, 3, 4, 5, 6, 7, 8])
         rule, supported = by_name.get(info.data.get("name"), ("2 to 8, or 16", [2, 3, 4, 5, 6, 7, 8, 16]))
         if bits not in supported:
@@ -304,8 +302,7 @@ class CodecSpec(Section):
     @classmethod
     def _averages_are_not_biased(cls, two_sided: bool, info: ValidationInfo) -> bool:
         if two_sided and info.data.get("name") in (CodecName.SIGN, CodecName.TOPK):
-            rule = "two_sided=false (codecs sign and topk need a residual, and servers keep none)"
-            raise ValueError(refusal(rule, "two_sided", True))
+            raise ValueError(refusal("two_sided=false (it needs a residual; servers keep none)", "two_sided", True))
         return two_sided
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import numpy as np
+
 from common.codecs import Encoded
 from ps.streams import Outbox
 
@@ -85,4 +87,4 @@ class Lanes:
 
 
 def _size_bytes(encoded: Encoded) -> int:
-    return encoded.scales.nbytes + memoryview(encoded.payload).nbytes
+    return encoded.scales.nbytes + np.frombuffer(encoded.payload, np.uint8).nbytes

@@ -55,6 +55,7 @@ CHANGED: dict[str, object] = {
     "codec.bits": 16,
     "codec.block": "layer",
     "codec.scale": "l2",
+    "codec.density": 0.1,
     "codec.two_sided": True,
     "exchange.bucket_bytes": 4096,
     "evaluation.every_epochs": 0,

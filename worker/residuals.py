@@ -150,7 +150,7 @@ def newest_whole(folder: Path, checkpoints: Path, workers: int) -> Path | None:
 
 
 def _digest(residual: Float64) -> str:
-    return xxhash.xxh3_128_hexdigest(memoryview(residual).cast("B"))
+    return xxhash.xxh3_128_hexdigest(residual.data)
 
 
 def vector_digest(layout: Layout) -> str:

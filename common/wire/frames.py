@@ -8,12 +8,11 @@ read what has the usual form ourselves; everything else is left to protobuf.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from common.codecs import Encoded, Float32
@@ -26,6 +25,7 @@ _OUTER_TAG = 0x12
 _SCALES_TAG, _PAYLOAD_TAG = 0x2A, 0x32
 """Fields 5 and 6 of both messages, length-delimited."""
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
+_Message = TypeVar("_Message", bound=Message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,9 @@ _CONTRIBUTION = _FIELDS | {7: ("parameter_digest", _BYTES), 8: ("incarnation", _
 _AVERAGE = _FIELDS | {7: ("incarnation", _FIXED64)}
 
 
-def _read(data: bytes, message_class: Callable[[], Any], kind: str, fields: dict[int, tuple[str, int]]) -> Any:
+def _read(
+    data: bytes, message_class: type[_Message], kind: str, fields: dict[int, tuple[str, int]]
+) -> BucketMessage | _Message | Malformed:
     try:
         usual = _read_usual(data, fields)
     except (IndexError, KeyError, UnicodeDecodeError, ValueError):

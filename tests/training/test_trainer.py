@@ -83,9 +83,7 @@ def train_one(
     replica = Replica(model, spec.optimizer, order)
     layout = plan_layout(replica.tensors, spec)
     admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
-    exchange = ParameterServerExchange(
-        layout=layout, spec=spec, admission=admission, first_round=0, emit=silent()
-    )
+    exchange = ParameterServerExchange(layout=layout, spec=spec, admission=admission, first_round=0, emit=silent())
     recording = Recording()
     trainer = Trainer(
         spec=spec,
@@ -298,9 +296,7 @@ def test_a_worker_that_is_asked_to_stop_stops_all_of_them_after_the_same_round()
         replica = Replica(model_for(spec, dataset), spec.optimizer)
         layout = plan_layout(replica.tensors, spec)
         admission = coordination.get_ready(ready(layout, replica_digest=replica.replica_digest()), 20.0)
-        exchange = ParameterServerExchange(
-            layout=layout, spec=spec, admission=admission, first_round=0, emit=silent()
-        )
+        exchange = ParameterServerExchange(layout=layout, spec=spec, admission=admission, first_round=0, emit=silent())
         recording = Recording()
         trainer = Trainer(
             spec=spec,

@@ -1,4 +1,4 @@
-"""Frames: what we write, protobuf reads; what protobuf writes, we read; and nothing is read otherwise than it reads it."""
+"""Frames: what we write, protobuf reads; what protobuf writes, we read; always as protobuf reads it."""
 
 from __future__ import annotations
 

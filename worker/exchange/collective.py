@@ -41,7 +41,7 @@ GRACE_S = 5.0
 """What the coordinator gets to say who is lost, after a collective has failed."""
 FAREWELL_S = 5.0
 """How long workers wait for each other before they leave in good order."""
-ENDING_S = 2.0
+ENDING_S = 1.0
 """How long a worker that leaves otherwise waits for collectives that are under way; most end as soon as peers leave."""
 GLANCE_S = 0.2
 """How long to wait for a collective before looking whether to go on waiting."""
