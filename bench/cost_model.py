@@ -8,20 +8,23 @@ slowest resource gets its first work and after that has done its last. So
 
 With d elements, M workers, S shards, B buckets, P bytes pushed and Q bytes pulled by a worker, R payload bytes per
 second of a link (rate / 8 * goodput), CPU seconds per element e (encode), c (decode), a (decode and add), f (average
-and encode), per message m and per byte b at one of its two ends (m' and b' where they are the collectives'):
+and encode), per message m and per byte b at one of its two ends (m' and b' where they are the collectives', and u per
+bucket):
 
     worker CPU    W = d (e + c) + 2 B m + (P + Q) b
     shard CPU     H = d (M a + f) / S + 2 M B m / S + M (P + Q) b / S
     dedicated     links: worker P / R out, Q / R in; server M P / (S R) in, M Q / (S R) out
     colocated     links: (M - 1) / M (P + Q) / R each way; a node's CPU: W + H with S = M
-    all-reduce    link: V / R each way, V = 2 (M - 1) / M 4 d; CPU: d a + 4 (M - 1) B m' + 2 V b'
-    all-gather    link: V / R each way, V = (M - 1) P; CPU: d (e + c + (M - 1) a) + 2 (M - 1) B m' + 2 V b'
+    all-reduce    link: V / R each way, V = 2 (M - 1) / M 4 d; CPU: d a + B (u + 4 (M - 1) m') + 2 V b'
+    all-gather    link: V / R each way, V = (M - 1) P; CPU: d (e + c + (M - 1) a) + B (u + 2 (M - 1) m') + 2 V b'
 
-`alpha`, the latency of a message from one process to the next, enters F, and for rings also L: the 2 (M - 1) or M - 1
-hops of a bucket follow one another, as many buckets at once as are under way. Threads bound a round too: a worker
-encodes on one, a shard adds on one. A node's CPU time is divided by its cores. Where all nodes are processes of one
-machine, the sum of all CPU time over its cores is one more bound (`cores_shared`), and what a node does in F takes
-longer by as many times as more nodes than cores want to do it.
+F is one step alone: the first bucket is encoded, the step is pushed, its last contribution added and averaged, the step
+pulled, its last bucket decoded; pushing and pulling take what their slowest resource does. `alpha`, the latency of a
+message from one process to the next, enters F twice, and for rings also L: the 2 (M - 1) or M - 1 hops of a bucket
+follow one another, as many buckets at once as are under way. Threads bound a round too: a worker encodes on one, a
+shard adds on one, each handles messages on one. A node's CPU time is divided by its cores. Where all nodes are
+processes of one machine, the sum of all CPU time over its cores is one more bound (`cores_shared`), and what a node
+does alone in F takes longer by as many times as more nodes than cores want to do it.
 """
 
 from __future__ import annotations
@@ -58,13 +61,15 @@ class WireRates:
 
     Attributes:
         message_s, byte_s: of a gRPC message of ours, per message and per byte of it.
-        ring_message_s, ring_byte_s: of the collectives.
+        ring_bucket_s: of a collective, per bucket and worker.
+        ring_message_s, ring_byte_s: of its hops, as above.
         latency_s, ring_latency_s: alpha of either, from one process to the next, for a message without content.
         goodput: payload bits that a link carries, as a share of its rate.
     """
 
     message_s: float
     byte_s: float
+    ring_bucket_s: float
     ring_message_s: float
     ring_byte_s: float
     latency_s: float
@@ -145,72 +150,102 @@ def bytes_per_s(cluster: Cluster, wire: WireRates) -> float:
     return math.inf if cluster.rate_bps is None else cluster.rate_bps / 8 * wire.goodput
 
 
-def _parameter_server(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates) -> Prediction:
-    d, m, r = load.elements, cluster.workers, bytes_per_s(cluster, wire)
-    colocated = cluster.kind is Kind.COLOCATED
-    s = m if colocated else cluster.shards
-    buckets = load.buckets(s)
-    p, q = load.pushed_bytes, load.pulled_bytes
-    arithmetic_s = d * (m * kernel.add_s + kernel.finish_s) / s
-    worker_s = d * (kernel.encode_s + kernel.decode_s) + 2 * buckets * wire.message_s + (p + q) * wire.byte_s
-    shard_s = arithmetic_s + 2 * m * buckets / s * wire.message_s + m * (p + q) / s * wire.byte_s
-    loads = {
-        "encode thread": d * kernel.encode_s,
-        "add thread": arithmetic_s,
-        "server messages": shard_s - arithmetic_s,
-    }
-    if colocated:
-        loads |= {
-            "link": (m - 1) / m * (p + q) / r,
-            "node's cores": (worker_s + shard_s) / cluster.cores_per_node,
-        }
-    else:
-        loads |= {
-            "worker's link out": p / r,
-            "worker's link in": q / r,
-            "server's link in": m * p / s / r,
-            "server's link out": m * q / s / r,
-            "worker's cores": worker_s / cluster.cores_per_node,
-            "server's cores": shard_s / cluster.cores_per_node,
-        }
-    if cluster.cores_shared is not None:
-        loads["shared cores"] = (m * worker_s + s * shard_s) / cluster.cores_shared
-    return _pipeline(loads, _fill_s(cluster, load, kernel, wire, s, buckets), buckets // s)
+@dataclass(frozen=True, kw_only=True)
+class _Half:
+    """One half of a round's way for one step: pushing, or pulling; seconds of CPU and of links.
 
-
-def _fill_s(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates, s: int, buckets: int) -> float:
-    """One step's way through the pipeline, as no other step is there: encode, push, add, average, pull, decode.
-
-    All workers encode the same step at once; of its contributions only the last one's addition is not overlapped. A
-    message's bytes are touched at both ends of each hop.
+    Attributes:
+        worker_s, shard_s: CPU of one worker and of one shard.
+        arithmetic_s: of the shard's, what its adding thread does.
+        link_s: of the busiest link.
     """
-    n, m, r = load.elements / buckets, cluster.workers, bytes_per_s(cluster, wire)
-    p, q = load.pushed_bytes / buckets, load.pulled_bytes / buckets
-    crowd_of_workers, crowd_of_shards = _crowd(m, cluster), _crowd(s, cluster)
-    remote = (m - 1) / m if cluster.kind is Kind.COLOCATED else 1.0
-    push_s, pull_s = remote * max(m, s) * p / r, remote * max(m, s) * q / r
-    encode_s = crowd_of_workers * s * n * kernel.encode_s
-    add_s = crowd_of_shards * n * (kernel.add_s + kernel.finish_s)
-    decode_s = crowd_of_workers * s * n * kernel.decode_s
-    hops_s = crowd_of_workers * (4 * wire.message_s + 2 * (p + q) * wire.byte_s) + 2 * wire.latency_s
-    return encode_s + push_s + add_s + pull_s + decode_s + hops_s
+
+    worker_s: float
+    shard_s: float
+    arithmetic_s: float
+    link_s: float
+
+    def seconds(self, cluster: Cluster, s: int) -> float:
+        """Of the slowest resource, all of them being busy at once."""
+        node_s = self.worker_s + self.shard_s if cluster.kind is Kind.COLOCATED else max(self.worker_s, self.shard_s)
+        bounds = [self.link_s, node_s / cluster.cores_per_node, self.arithmetic_s, self.shard_s - self.arithmetic_s]
+        if cluster.cores_shared is not None:
+            bounds.append((cluster.workers * self.worker_s + s * self.shard_s) / cluster.cores_shared)
+        return max(bounds)
+
+
+def _parameter_server(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates) -> Prediction:
+    m, s = cluster.workers, cluster.workers if cluster.kind is Kind.COLOCATED else cluster.shards
+    buckets = load.buckets(s)
+    n, p, q = load.elements / buckets, load.pushed_bytes / buckets, load.pulled_bytes / buckets
+    push_s, pull_s = wire.message_s + p * wire.byte_s, wire.message_s + q * wire.byte_s
+    links = _links(cluster, s, p, q, bytes_per_s(cluster, wire))
+    push = _Half(
+        worker_s=s * (n * kernel.encode_s + push_s),
+        shard_s=m * (n * kernel.add_s + push_s),
+        arithmetic_s=m * n * kernel.add_s,
+        link_s=max(links[0].values()),
+    )
+    pull = _Half(
+        worker_s=s * (n * kernel.decode_s + pull_s),
+        shard_s=n * kernel.finish_s + m * pull_s,
+        arithmetic_s=n * kernel.finish_s,
+        link_s=max(links[1].values()),
+    )
+    steps, both = buckets // s, links[0] | links[1]
+    if cluster.kind is Kind.COLOCATED:  # both halves cross the same links
+        both = {"link": sum(seconds for half in links for seconds in half.values())}
+    worker_s, shard_s = push.worker_s + pull.worker_s, push.shard_s + pull.shard_s
+    arithmetic_s = push.arithmetic_s + pull.arithmetic_s
+    per_step = {
+        **both,
+        "encode thread": s * n * kernel.encode_s,
+        "worker's messages": s * (push_s + pull_s),
+        "add thread": arithmetic_s,
+        "server's messages": shard_s - arithmetic_s,
+    }
+    if cluster.kind is Kind.COLOCATED:
+        per_step["node's cores"] = (worker_s + shard_s) / cluster.cores_per_node
+    else:
+        per_step["worker's cores"] = worker_s / cluster.cores_per_node
+        per_step["server's cores"] = shard_s / cluster.cores_per_node
+    if cluster.cores_shared is not None:
+        per_step["shared cores"] = (m * worker_s + s * shard_s) / cluster.cores_shared
+    first_s = n * kernel.encode_s + push_s
+    turn_s = push_s + n * (kernel.add_s + kernel.finish_s) + pull_s
+    last_s = pull_s + n * kernel.decode_s
+    fill_s = _crowd(m, cluster) * (first_s + last_s) + _crowd(s, cluster) * turn_s + 2 * wire.latency_s
+    fill_s += push.seconds(cluster, s) + pull.seconds(cluster, s)
+    return _pipeline({resource: steps * seconds for resource, seconds in per_step.items()}, fill_s, steps)
+
+
+def _links(cluster: Cluster, s: int, p: float, q: float, r: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the links in a step, pushing and pulling; p, q: bytes of a bucket; r: bytes per second."""
+    m = cluster.workers
+    if cluster.kind is Kind.COLOCATED:
+        return {"link": (m - 1) * p / r}, {"link": (m - 1) * q / r}
+    return (
+        {"worker's link out": s * p / r, "server's link in": m * p / r},
+        {"worker's link in": s * q / r, "server's link out": m * q / r},
+    )
 
 
 def _ring(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates) -> Prediction:
     d, m, r = load.elements, cluster.workers, bytes_per_s(cluster, wire)
     if m == 1:  # there is no ring, nothing is sent
         alone_s = 0.0 if cluster.kind is Kind.ALL_REDUCE else d * (kernel.encode_s + kernel.decode_s)
-        return _pipeline({"worker's cores": alone_s}, 0.0, 1)
+        return _pipeline({"worker's cores": 0.0}, alone_s, 1)
     if cluster.kind is Kind.ALL_REDUCE:
-        hops, size, bucket = 2 * (m - 1), 2 * (m - 1) / m * FLOAT32_BYTES * d, FLOAT32_BYTES * d
+        hops, size, whole = 2 * (m - 1), 2 * (m - 1) / m * FLOAT32_BYTES * d, FLOAT32_BYTES * d
         encode_s, decode_s = 0.0, d * kernel.add_s
-        load = replace(load, pushed_bytes=bucket, pulled_bytes=bucket)
+        load = replace(load, pushed_bytes=whole, pulled_bytes=whole)
     else:
         hops, size = m - 1, float((m - 1) * load.pushed_bytes)
         encode_s, decode_s = d * kernel.encode_s, d * (kernel.decode_s + (m - 1) * kernel.add_s)
     buckets = load.buckets(1)
     at_once = max(1, min(buckets, cluster.window_bytes // max(1, load.pushed_bytes // buckets)))
-    worker_s = encode_s + decode_s + 2 * hops * buckets * wire.ring_message_s + 2 * size * wire.ring_byte_s
+    hop_s, turn_s = 2 * wire.ring_message_s, wire.ring_bucket_s
+    worker_s = encode_s + decode_s + buckets * (turn_s + hops * hop_s) + 2 * size * wire.ring_byte_s
     loads = {
         "link": size / r,
         "latency of hops": hops * buckets * wire.ring_latency_s / at_once,
@@ -220,8 +255,8 @@ def _ring(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates) ->
     if cluster.cores_shared is not None:
         loads["shared cores"] = m * worker_s / cluster.cores_shared
     crowd = _crowd(m, cluster)
-    hop_s = size / hops / buckets / r + wire.ring_latency_s + 2 * crowd * wire.ring_message_s
-    fill_s = crowd * (encode_s + decode_s) / buckets + hops * hop_s
+    fill_s = crowd * ((encode_s + decode_s) / buckets + turn_s)
+    fill_s += hops * (size / hops / buckets / r + wire.ring_latency_s + crowd * hop_s)
     return _pipeline(loads, fill_s, buckets)
 
 

@@ -21,9 +21,9 @@ from common.spec_sources import load_job_spec
 
 _KERNEL_ELEMENTS = 1 << 20
 _REPETITIONS = 7
-_WIRE_ELEMENTS = 1 << 23
+_WIRE_ELEMENTS = 1 << 22
 _BUCKET_BYTES = (1 << 20, 1 << 16)
-_ROUNDS = 12
+_ROUNDS = 8
 _LEAST_S = 1e-6
 
 
@@ -78,14 +78,14 @@ def wire_rates(say: Say) -> WireRates:
     kernels_s = _WIRE_ELEMENTS * (none.encode_s + 2 * none.decode_s + none.finish_s)
     message_s, byte_s = split_costs(few, many, ends_per_bucket=4, kernels_s=kernels_s, end_bytes=2 * payload)
     ring_few, ring_many = (_run("collective", 2, _WIRE_ELEMENTS, size, say) for size in _BUCKET_BYTES)
-    ring_message_s, ring_byte_s = split_costs(
-        ring_few, ring_many, ends_per_bucket=8, kernels_s=2 * _WIRE_ELEMENTS * none.add_s, end_bytes=2 * payload
-    )
+    ring_wide = _run("collective", 4, _WIRE_ELEMENTS, _BUCKET_BYTES[-1], say)
+    bucket_s, hop_s, ring_byte_s = ring_costs(ring_few, ring_many, ring_wide, _WIRE_ELEMENTS, none.add_s)
     tiny, ring_tiny = _run("dedicated", 1, 1000, 1 << 20, say), _run("collective", 2, 1000, 1 << 20, say)
     return WireRates(
         message_s=message_s,
         byte_s=byte_s,
-        ring_message_s=ring_message_s,
+        ring_bucket_s=bucket_s,
+        ring_message_s=hop_s,
         ring_byte_s=ring_byte_s,
         latency_s=tiny.median_s / 2,
         ring_latency_s=ring_tiny.median_s / 4,  # all-reduce: two hops; header and state: one each
@@ -107,6 +107,25 @@ def split_costs(
     message_s = max(message_s, _LEAST_S)
     byte_s = (few.cpu_s - kernels_s - ends_per_bucket * few.buckets * message_s) / end_bytes
     return message_s, max(byte_s, 0.0)
+
+
+def ring_costs(
+    few: LoopbackRow, many: LoopbackRow, wide: LoopbackRow, elements: int, add_s: float
+) -> tuple[float, float, float]:
+    """CPU seconds of all-reduces: per bucket and worker, per message end, per byte at one end.
+
+    Args:
+        few, many: of two workers, with large buckets and with small ones.
+        wide: of four workers, with the small buckets.
+        elements: of the vector.
+        add_s: of the kernel, per element.
+    """
+    vector = FLOAT32_BYTES * elements  # a ring of two sends as much, one of four half as much again
+    both_s = max((many.cpu_s - few.cpu_s) / 2 / (many.buckets - few.buckets), _LEAST_S)  # u + 4 m'
+    byte_s = max((few.cpu_s / 2 - elements * add_s - few.buckets * both_s) / (2 * vector), 0.0)
+    left_s = wide.cpu_s / 4 - elements * add_s - 3 * vector * byte_s - wide.buckets * both_s  # 8 m' per bucket
+    message_s = min(max(left_s / (8 * wide.buckets), _LEAST_S), both_s / 4)
+    return both_s - 4 * message_s, message_s, byte_s
 
 
 def _run(kind: str, workers: int, elements: int, bucket_bytes: int, say: Say) -> LoopbackRow:

@@ -12,10 +12,24 @@ from bench.cost_model import Cluster, KernelRates, Kind, Load, WireRates, bytes_
 D = 1_000_000
 GBIT = 10**9
 FREE_KERNEL = KernelRates(encode_s=0.0, decode_s=0.0, add_s=0.0, finish_s=0.0)
-FREE_WIRE = WireRates(message_s=0.0, byte_s=0.0, ring_message_s=0.0, ring_byte_s=0.0, latency_s=0.0, ring_latency_s=0.0)
+FREE_WIRE = WireRates(
+    message_s=0.0,
+    byte_s=0.0,
+    ring_bucket_s=0.0,
+    ring_message_s=0.0,
+    ring_byte_s=0.0,
+    latency_s=0.0,
+    ring_latency_s=0.0,
+)
 KERNEL = KernelRates(encode_s=1e-9, decode_s=3e-10, add_s=5e-10, finish_s=2e-9)
 WIRE = WireRates(
-    message_s=2e-4, byte_s=5e-10, ring_message_s=2e-5, ring_byte_s=3e-10, latency_s=1e-4, ring_latency_s=5e-5
+    message_s=2e-4,
+    byte_s=5e-10,
+    ring_bucket_s=2e-4,
+    ring_message_s=2e-5,
+    ring_byte_s=3e-10,
+    latency_s=1e-4,
+    ring_latency_s=5e-5,
 )
 LOAD = Load(elements=D, pushed_bytes=D, pulled_bytes=D, bucket_bytes=1 << 14)
 KINDS = [*Kind]
@@ -109,6 +123,11 @@ def test_more_workers_never_help(kind: Kind) -> None:
 @pytest.mark.parametrize("name", ["encode_s", "decode_s", "add_s", "finish_s"])
 def test_slower_kernels_never_help(kind: Kind, name: str) -> None:
     assert seconds(cluster(kind), kernel=replace(KERNEL, **{name: 1e-6})) >= seconds(cluster(kind))
+
+
+def test_a_step_of_many_messages_takes_the_processors_time_of_all_of_them() -> None:
+    said = predict(cluster(Kind.COLOCATED, workers=1000, rate_bps=None), replace(LOAD, bucket_bytes=D), KERNEL, WIRE)
+    assert said.round_s > 4 * 1000 * WIRE.message_s / 2  # two messages each way with each of them, on two cores
 
 
 @pytest.mark.parametrize("kind", KINDS)

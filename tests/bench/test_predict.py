@@ -11,7 +11,7 @@ import pytest
 
 from bench.cost_model import Cluster, Kind, Load, predict
 from bench.predict import Question, fastest_ranges, run_predict, workers_shown
-from bench.rates import LoopbackRow, kernel_rates, split_costs
+from bench.rates import LoopbackRow, kernel_rates, ring_costs, split_costs
 from common.errors import SpecError
 from tests.bench.test_cost_model import KERNEL, WIRE
 
@@ -108,6 +108,17 @@ def test_costs_of_messages_and_bytes_are_told_apart() -> None:
     message_s, byte_s = split_costs(few, many, ends_per_bucket=4, kernels_s=0.5, end_bytes=100)
     assert message_s == pytest.approx(0.01)
     assert byte_s == pytest.approx(0.01)
+
+
+def test_costs_of_a_ring_are_told_apart() -> None:
+    bucket_s, message_s, byte_s, add_s, d = 0.01, 0.001, 1e-6, 1e-7, 1000
+
+    def row(workers: int, buckets: int) -> LoopbackRow:
+        hops, size = 2 * (workers - 1), 2 * (workers - 1) / workers * 4 * d
+        cpu_s = d * add_s + buckets * (bucket_s + 2 * hops * message_s) + 2 * size * byte_s
+        return LoopbackRow(cpu_s=workers * cpu_s, median_s=1.0, buckets=buckets)
+
+    assert ring_costs(row(2, 5), row(2, 50), row(4, 50), d, add_s) == pytest.approx((bucket_s, message_s, byte_s))
 
 
 def test_kernels_take_time() -> None:
