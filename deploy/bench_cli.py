@@ -20,7 +20,6 @@ bench_app = typer.Typer(
     help="Measure: the exchange with and without training, on this machine or on shaped links.", no_args_is_help=True
 )
 LOOPBACK = "loopback"
-# `datps bench codec` has its place here.
 
 SetOption = Annotated[
     list[str] | None,
@@ -231,6 +230,36 @@ def throughput(
             threads=threads or threads_per_worker(1),
         )
         _show(run_throughput(setting, plan, _say), print_throughput, as_json)
+
+
+@bench_app.command("codec")
+def codec_(
+    elements: ElementsOption = None,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timings of each codec; the least counts.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, max=250, help="Workers of the means.")] = 6,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of CIFAR-10 for the gradient of a ResNet-20, too.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Row by name, e.g. 'rotated 2'; may be repeated.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """All codecs in one table: bytes, error on synthetic and real gradients, bias, and speed beside a copy."""
+    from deploy import cli  # which imports us
+
+    with cli._errors(as_json, "bench"):
+        from bench.codecs import VARIANTS, CodecPlan, print_codecs, run_codecs
+        from bench.tensors import elements_of
+
+        for name in only or ():
+            if name not in VARIANTS:
+                raise SpecError(refusal(f"one of {', '.join(VARIANTS)}", "only", name))
+        plan = CodecPlan(
+            elements=elements_of(elements), repeats=repeats, workers=workers, data=data, only=tuple(only or ())
+        )
+        _show(run_codecs(plan, _say), print_codecs, as_json)
 
 
 @bench_app.command("predict")

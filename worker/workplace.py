@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import JobSpec
+from common.config import CodecName, JobSpec, Topology
 from common.errors import CheckpointError, SpecError, refusal
 from common.layout import Layout, TensorSpec, plan_layout
 from common.spec_sources import differences
@@ -25,7 +25,10 @@ from worker.replica import Replica
 from worker.trainer import Recorder, Trainer
 
 FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
-"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter."""
+"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter.
+
+But for one case: how an all-reduce rounds depends on everything under `exchange.`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +176,11 @@ def refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
 
 def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec) -> None:
     """A run that goes on keeps its job, but for what does not touch the parameters."""
+    reduces = any(
+        each.exchange.topology is Topology.COLLECTIVE and each.codec.name is CodecName.NONE
+        for each in (checkpoint.spec, spec)
+    )
     for key, theirs, ours in differences(checkpoint.spec, spec):
-        if not key.startswith(FREE_ON_RESUME):
+        if not key.startswith(FREE_ON_RESUME) or (reduces and key.startswith("exchange.")):
             rule = f"{key}={theirs} as in {checkpoint.path}"
             raise CheckpointError(refusal(rule, key, ours, "a resumed run keeps its job"))

@@ -90,16 +90,6 @@ def test_overlap_is_measured_on_this_machine() -> None:
     assert result["hidden_fraction"] == pytest.approx(1 - result["waited_s"] / result["exchange_s"])
 
 
-@pytest.mark.processes
-def test_training_through_the_system_ends_where_the_plain_loop_does() -> None:
-    arguments = ("--data", "digits", "--batch", "4", "--steps", "2", "--rounds", "2", "--blocks", "2")
-    result = result_of("throughput", *arguments, "--set", "model.width=8")
-    assert result["same_parameters"] is True
-    assert len(result["blocks_s"]) == len(result["plain_blocks_s"]) == 2
-    assert result["throughput_ratio"] > 0
-    assert 0 < result["waited_fraction"] < 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

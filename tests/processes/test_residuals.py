@@ -10,7 +10,7 @@ import pytest
 
 from tests.processes.test_processes import SMALL, WAIT_S, datps, train, wait_for_line
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
 
 SIGN = ("codec.name=sign", "codec.two_sided=false", "codec.block=64")
 

@@ -134,7 +134,8 @@ def sum_of_products(x: Float32, y: Float32, room: Float32) -> np.float32:
         low, high = room[:width], room[width : 2 * width]
         for i in range(low.size):
             low[i] += high[i]
-    return room[0]  # type: ignore[no-any-return]
+    total: np.float32 = room[0]
+    return total
 
 
 @helper
