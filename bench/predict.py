@@ -20,6 +20,7 @@ from bench.settings import TopologyKind as Where
 from bench.settings import encoded_by, parse_codec, parse_topology, rate_text
 from bench.tensors import tensors_of
 from common.config import ExchangeSpec, JobSpec
+from common.config import Topology as JobTopology
 from common.errors import SpecError, refusal
 from common.layout import plan_layout, pull_codec, push_codec
 from common.spec_sources import load_job_spec
@@ -93,7 +94,7 @@ def run_predict(measured: Path | None, rates: Path | None, question: Question, s
     """
     for topology in question.topologies:
         for codec in question.codecs:
-            _spec(_codec_of(topology, codec), ExchangeSpec().bucket_bytes)  # refused before anything is measured
+            _spec(_codec_of(topology, codec), _default_bucket_bytes(topology))  # refused before anything is measured
     result = None if measured is None else _read(measured)
     known = Rates(_read(rates).get("rates", {}) if rates else {}, say)
     compared = [] if result is None else compare(result, known)
@@ -126,7 +127,7 @@ def compare(result: dict[str, Any], rates: Rates) -> list[dict[str, Any]]:
         for row in result["rows"]:
             codec = "none" if row["exchange"] == GLOO else str(row["codec"])
             topology = GLOO if row["exchange"] == GLOO else str(row["topology"])
-            spec = _spec(codec, int(row.get("bucket_bytes", ExchangeSpec().bucket_bytes)))
+            spec = _spec(codec, int(row.get("bucket_bytes", _default_bucket_bytes(topology))))
             cluster, load = _situation(topology, spec, int(row["workers"]), row["rate_bits_per_s"], row["elements"])
             cluster = replace(cluster, cores_per_node=cores, cores_shared=cores)
             said = predict(cluster, load, rates.kernel(codec), rates.wire(goodput.get(row["rate_bits_per_s"])))
@@ -185,7 +186,7 @@ def _fastest(question: Question, rate_bps: int, rates: Rates) -> Iterable[dict[s
 
 
 def _ask(question: Question, topology: str, codec: str, rate_bps: int, workers: int, rates: Rates) -> Prediction:
-    spec = _spec(codec, ExchangeSpec().bucket_bytes)
+    spec = _spec(codec, _default_bucket_bytes(topology))
     cluster, load = _situation(topology, spec, workers, rate_bps, question.elements)
     cluster = replace(cluster, cores_per_node=question.cores_per_node)
     return predict(cluster, load, rates.kernel(codec), rates.wire())
@@ -194,7 +195,7 @@ def _ask(question: Question, topology: str, codec: str, rate_bps: int, workers: 
 def _situation(topology: str, spec: JobSpec, workers: int, rate_bps: int | None, elements: int) -> tuple[Cluster, Load]:
     """Cluster and load of one setting; cores are left to the caller."""
     pushed, pulled = _payload_bytes(spec, elements)
-    bucket_bytes, shards = spec.exchange.bucket_bytes, workers
+    bucket_bytes, shards = spec.exchange.resolved_bucket_bytes, workers
     if topology == GLOO:
         kind, bucket_bytes = Kind.ALL_REDUCE, FLOAT32_BYTES * elements
     else:
@@ -213,6 +214,12 @@ def _codec_of(topology: str, codec: str) -> str:
 
 _SPECS: dict[tuple[str, int], JobSpec] = {}
 _BYTES: dict[tuple[str, int], tuple[int, int]] = {}
+
+
+def _default_bucket_bytes(topology: str) -> int:
+    """What `exchange.bucket_bytes` is where it is absent."""
+    where = JobTopology.COLOCATED if topology == JobTopology.COLOCATED else JobTopology.DEDICATED
+    return ExchangeSpec(topology=where).resolved_bucket_bytes
 
 
 def _spec(codec: str, bucket_bytes: int) -> JobSpec:

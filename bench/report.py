@@ -85,7 +85,7 @@ def _ours(
     nodes = node_bytes(topology, layout, spec)
     told = {
         "codec_wire_name": push_codec(layout, spec).wire_name,
-        "bucket_bytes": spec.exchange.bucket_bytes,
+        "bucket_bytes": spec.exchange.resolved_bucket_bytes,
         "buckets": len(layout.buckets),
         "pushed_message_bytes_per_worker": first["pushed_bytes"],
         "pulled_message_bytes_per_worker": first["pulled_bytes"],

@@ -213,7 +213,7 @@ _Cut = tuple[int, int, int]
 def _dealt(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]:
     """Even buckets, as many for each shard, dealt in turn."""
     codecs = (make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges), _pull_codec(spec, 0, d, layer_edges))
-    edges = _cuts_within(0, d, codecs, spec.exchange.bucket_bytes, spec.shards)
+    edges = _cuts_within(0, d, codecs, spec.exchange.resolved_bucket_bytes, spec.shards)
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
 
 
@@ -223,14 +223,14 @@ def _contiguous(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]
     cuts: list[tuple[int, _Cut]] = []
     for shard, (start, stop) in enumerate(itertools.pairwise(_even_cuts(0, d, spec.shards, push.alignment))):
         pull = _pull_codec(spec, start, stop, layer_edges)
-        inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), spec.exchange.bucket_bytes, 1))
+        inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), spec.exchange.resolved_bucket_bytes, 1))
         cuts += [(place, (shard, *cut)) for place, cut in enumerate(inner)]
     return [cut for _, cut in sorted(cuts)]
 
 
 def _state_cuts(e: int, spec: JobSpec) -> list[_Cut]:
     codec = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
-    edges = _cuts_within(0, e, (codec,), spec.exchange.bucket_bytes, min(spec.shards, max(e, 1)))
+    edges = _cuts_within(0, e, (codec,), spec.exchange.resolved_bucket_bytes, min(spec.shards, max(e, 1)))
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
 
 

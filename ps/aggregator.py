@@ -20,7 +20,7 @@ from common.codecs import Encoded
 from common.config import JobSpec
 from common.errors import CodecError, SpecError, clipped, refusal
 from common.events import Emitter
-from common.layout import Layout, TensorSpec, plan_layout
+from common.layout import BucketKind, Layout, TensorSpec, plan_layout
 from common.timeline import OFF, Timeline
 from common.wire.frames import BucketMessage, Frame, new_frame
 from common.wire.rpc import PROTOCOL_VERSION
@@ -36,6 +36,8 @@ MAXIMAL_REFUSALS = 32
 """Refused contributions after which a stream is closed: its worker does not speak our protocol."""
 DIGEST_BYTES = 16
 """Of XXH3-128."""
+ABREAST_BUCKETS = 1
+"""How many buckets workers may be ahead of each other once all have begun a round."""
 SPARE_MESSAGES = 256
 """Room in an outbox beside two rounds of averages."""
 
@@ -66,9 +68,9 @@ class Aggregator:
         self._layout: Layout | None = None
         self._view: tuple[int, int] | None = None
         self._worker_ids: tuple[str, ...] = ()
-        self._lanes = Lanes()
-        self._held: dict[tuple[int, int], Encoded] = {}
-        self._held_since: dict[tuple[int, int], int] = {}
+        exchange = spec.exchange
+        self._lanes = Lanes(spec.workers, exchange.window_bytes, ABREAST_BUCKETS * exchange.resolved_bucket_bytes)
+        self._held: dict[tuple[int, int], tuple[Encoded, int]] = {}
         self._averages: dict[tuple[int, int], bytes] = {}
         self._expected: FormView | None = None
         self._stop: bytes | None = None
@@ -140,7 +142,7 @@ class Aggregator:
             return
         assert self._reducer is not None
         buckets = frozenset(hello.buckets or self._reducer.buckets)
-        lane = Lane(hello.worker_index, buckets, outbox, self._spec.exchange.window_bytes)
+        lane = Lane(hello.worker_index, buckets, outbox)
         outbox.limit = SPARE_MESSAGES + 2 * len(buckets)
         self._lanes.add(lane)
         said_goodbye = False
@@ -311,16 +313,37 @@ class Aggregator:
 
     def _event(self, event: r.Event, lane: Lane | None = None, encoded: Encoded | None = None) -> bool:
         assert self._rounds is not None
+        round_ = self._rounds.round
         effects = self._rounds.handle(event, time.monotonic())
+        if lane is not None and isinstance(event, r.ContributionReceived):
+            self._keep_abreast(effects, event, lane, encoded)
+        if self._rounds.round != round_:
+            self._lanes.open_round()
         self._perform(effects, lane, encoded)
         return not any(isinstance(effect, r.Refuse) for effect in effects)
+
+    def _keep_abreast(
+        self, effects: Iterable[r.Effect], event: r.ContributionReceived, lane: Lane, encoded: Encoded | None
+    ) -> None:
+        """Counts what was contributed and what is added. Scales do not count: the rest waits for all of them."""
+        assert self._reducer is not None
+        for effect in effects:
+            if not isinstance(effect, r.Hold | r.Add):
+                continue
+            number = effect.bucket
+            if self._reducer.buckets[number].kind is BucketKind.SCALES:
+                continue
+            if effect.worker_index == event.worker_index and encoded is not None:
+                self._lanes.contributed(lane, number, len(encoded.payload))
+            if isinstance(effect, r.Add):
+                self._lanes.added(number)
 
     def _perform(self, effects: Iterable[r.Effect], lane: Lane | None = None, encoded: Encoded | None = None) -> None:
         work: list[Callable[[], None]] = []
         for effect in effects:
             match effect:
-                case r.Hold() if encoded is not None and lane is not None:
-                    self._hold(effect, lane, encoded)
+                case r.Hold() if encoded is not None:
+                    self._hold(effect, encoded)
                 case r.Add():
                     work.append(self._addition(effect, encoded))
                 case r.Publish():
@@ -335,20 +358,14 @@ class Aggregator:
         if work:
             self._submit(work)
 
-    def _hold(self, effect: r.Hold, lane: Lane, encoded: Encoded) -> None:
-        """Keeps a contribution; beyond the window, no more is read of its stream."""
-        self._held[effect.worker_index, effect.bucket] = encoded
-        lane.hold(encoded)
-        self._held_since[effect.worker_index, effect.bucket] = self._timeline.now_ns()
+    def _hold(self, effect: r.Hold, encoded: Encoded) -> None:
+        """Keeps a contribution until its turn."""
+        self._held[effect.worker_index, effect.bucket] = encoded, self._timeline.now_ns()
 
     def _addition(self, effect: r.Add, encoded: Encoded | None) -> Callable[[], None]:
-        held = self._held.pop((effect.worker_index, effect.bucket), None)
-        lane = self._lanes.carrier(effect.worker_index, effect.bucket)
-        if held is not None and lane:
-            lane.release(held)
-            since_ns = self._held_since.pop((effect.worker_index, effect.bucket))
+        content, since_ns = self._held.pop((effect.worker_index, effect.bucket), (encoded, None))
+        if since_ns is not None:
             self._timeline.add("held", since_ns, f"held of worker {effect.worker_index}", bucket=effect.bucket)
-        content = held if held is not None else encoded
         assert content is not None
         return lambda: self._add(effect, content)
 

@@ -3,65 +3,93 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-
-from common.codecs import Encoded
 from ps.streams import Outbox
 
 
 class Lane:
     """One Exchange stream.
 
-    A contribution that comes before its turn is held. Nothing more is read of a stream that has more than the window of
-    them held, and the network makes its worker wait. That cannot become a deadlock: all workers push the buckets of a
-    shard in the same order, so whatever is held waits for a worker that is further behind, and of the one that is
-    furthest behind nothing is held.
+    It runs ahead by what it has contributed to buckets that other workers have yet to contribute to. Nothing more is
+    read of a stream that is too far ahead, and the network makes its worker wait. That cannot become a deadlock: all
+    workers push the buckets of a shard in the same order, so a stream that is ahead waits for one that is further
+    behind, and the one that is furthest behind is not ahead of anybody.
     """
 
-    def __init__(self, worker: int, buckets: frozenset[int], outbox: Outbox, window_bytes: int) -> None:
+    def __init__(self, worker: int, buckets: frozenset[int], outbox: Outbox) -> None:
         """
         Args:
             worker: worker_index; a worker may have several lanes.
             buckets: those that it carries.
             outbox: what goes to the worker.
-            window_bytes: how much may be held.
         """
         self.worker = worker
         self.buckets = buckets
         self.outbox = outbox
         self.room = asyncio.Event()
-        """Set while less than the window is held."""
+        """Set while it is not too far ahead."""
         self.room.set()
-        self._window_bytes = window_bytes
-        self._held_bytes = 0
-
-    def hold(self, encoded: Encoded) -> None:
-        """A contribution of this lane is held."""
-        self._held_bytes += _size_bytes(encoded)
-        if self._held_bytes > self._window_bytes:
-            self.room.clear()
-
-    def release(self, encoded: Encoded) -> None:
-        """A contribution of this lane is held no more."""
-        self._held_bytes -= _size_bytes(encoded)
-        if self._held_bytes <= self._window_bytes:
-            self.room.set()
+        self.ahead_bytes = 0
 
 
 class Lanes:
-    """The lanes that are open, by worker."""
+    """The lanes that are open, by worker, and how far each is ahead in the open round.
 
-    def __init__(self) -> None:
+    While some worker has not begun the round, the others may run ahead by the whole window: their links would be idle
+    otherwise. Once all have begun, they share the server's link, and whoever runs ahead takes from the slowest, on whom
+    the next average waits; so the limit is low then, and they stay abreast.
+    """
+
+    def __init__(self, workers: int, window_bytes: int, abreast_bytes: int) -> None:
+        """
+        Args:
+            workers: M, all of which contribute to every bucket.
+            window_bytes: how far a lane may run ahead while a worker has not begun the round.
+            abreast_bytes: how far once all have.
+        """
         self._by_worker: dict[int, list[Lane]] = {}
         self._taken_leave: dict[int, frozenset[int]] = {}
+        self._workers = workers
+        self._window_bytes = window_bytes
+        self._abreast_bytes = min(window_bytes, abreast_bytes)
+        self.open_round()
 
     def __iter__(self) -> Iterator[Lane]:
         return iter([lane for lanes in self._by_worker.values() for lane in lanes])
 
     def __bool__(self) -> bool:
         return any(self._by_worker.values())
+
+    def open_round(self) -> None:
+        """A round begins: no worker has contributed."""
+        self._begun: set[int] = set()
+        self._waiting: dict[int, list[tuple[Lane, int]]] = {}
+        self._added: Counter[int] = Counter()
+        for lane in self:
+            lane.ahead_bytes = 0
+            lane.room.set()
+
+    def contributed(self, lane: Lane, bucket: int, size_bytes: int) -> None:
+        """A lane has contributed to a bucket of which not everything is added."""
+        self._waiting.setdefault(bucket, []).append((lane, size_bytes))
+        lane.ahead_bytes += size_bytes
+        if lane.worker not in self._begun:
+            self._begun.add(lane.worker)
+            if len(self._begun) == self._workers:
+                for each in self:
+                    self._look(each)
+        self._look(lane)
+
+    def added(self, bucket: int) -> None:
+        """One worker's contribution to a bucket is being added; with the last one, nobody is ahead by this bucket."""
+        self._added[bucket] += 1
+        if self._added[bucket] < self._workers:
+            return
+        for lane, size_bytes in self._waiting.pop(bucket, ()):
+            lane.ahead_bytes -= size_bytes
+            self._look(lane)
 
     def add(self, lane: Lane) -> None:
         """A stream has opened."""
@@ -85,6 +113,10 @@ class Lanes:
         self._taken_leave[lane.worker] = gone
         return gone
 
-
-def _size_bytes(encoded: Encoded) -> int:
-    return encoded.scales.nbytes + np.frombuffer(encoded.payload, np.uint8).nbytes
+    def _look(self, lane: Lane) -> None:
+        """Lets a lane go on, or not."""
+        limit_bytes = self._abreast_bytes if len(self._begun) == self._workers else self._window_bytes
+        if lane.ahead_bytes > limit_bytes:
+            lane.room.clear()
+        else:
+            lane.room.set()

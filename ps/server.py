@@ -89,7 +89,9 @@ class Server:
         self._options = options
         self._emit = emit
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._grpc = grpc.aio.server(options=rpc.server_options(options.spec.deadlines.keepalive_s))
+        self._grpc = grpc.aio.server(
+            options=rpc.server_options(options.spec.deadlines.keepalive_s, options.spec.exchange.read_ahead_bytes)
+        )
         self._health = health.aio.HealthServicer()
         self._started_s = time.monotonic()
         self._register()

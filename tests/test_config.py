@@ -60,6 +60,7 @@ CHANGED: dict[str, object] = {
     "exchange.topology": "colocated",
     "exchange.bucket_bytes": 4096,
     "exchange.window_bytes": 8192,
+    "exchange.read_ahead_bytes": 65536,
     "evaluation.every_epochs": 0,
     "evaluation.attack.epsilon": 2 / 255,
     "evaluation.attack.steps": 50,

@@ -76,24 +76,33 @@ def stub(
     )
 
 
-def channel_options(keepalive_s: float) -> list[tuple[str, int]]:
-    """Options of both sides: message limit and HTTP/2 pings, which neither side has by default."""
+def channel_options(keepalive_s: float, read_ahead_bytes: int | None = None) -> list[tuple[str, int]]:
+    """Options of both sides: message limit, frames and HTTP/2 pings, which neither side has by default.
+
+    Args:
+        keepalive_s: interval of the pings, and how long one may stay unanswered.
+        read_ahead_bytes: how much a stream's peer may send before it is read; None: what grpc finds best.
+    """
     interval_ms = int(keepalive_s * 1000)
-    return [
+    options = [
         ("grpc.max_receive_message_length", MAXIMAL_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAXIMAL_MESSAGE_BYTES),
+        ("grpc.http2.max_frame_size", MAXIMAL_MESSAGE_BYTES),  # of 16 KiB by default: hundreds a message
         ("grpc.keepalive_time_ms", interval_ms),
         ("grpc.keepalive_timeout_ms", interval_ms),
         ("grpc.http2.ping_timeout_ms", interval_ms),  # its default of a minute outlasts the keepalive timeout
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+    if read_ahead_bytes is not None:
+        options += [("grpc.http2.lookahead_bytes", read_ahead_bytes), ("grpc.http2.bdp_probe", 0)]
+    return options
 
 
-def server_options(keepalive_s: float) -> list[tuple[str, int]]:
+def server_options(keepalive_s: float, read_ahead_bytes: int) -> list[tuple[str, int]]:
     """Server's additions: pings may be as frequent as the clients', and a taken port is an error."""
     return [
-        *channel_options(keepalive_s),
+        *channel_options(keepalive_s, read_ahead_bytes),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", max(1, int(keepalive_s * 500))),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
