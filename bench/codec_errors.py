@@ -81,8 +81,8 @@ def _shared(values: NDArray[np.float64], workers: int) -> Float32:
     return np.tile(values.astype(np.float32), (workers, 1))
 
 
-def gradients(name: ModelName, dataset: Dataset, workers: int) -> Float32:
-    """Gradients of M batches after some steps of training, in the order of the flat vector: float32 (M, d)."""
+def gradients(name: ModelName, dataset: Dataset, workers: int, steps: int = _TRAINED_STEPS) -> Float32:
+    """Gradients of M batches after `steps` steps of training, in the order of the flat vector: float32 (M, d)."""
     model = build_model(
         ModelSpec(name=name),
         in_channels=dataset.in_channels,
@@ -102,7 +102,7 @@ def gradients(name: ModelName, dataset: Dataset, workers: int) -> Float32:
         functional.cross_entropy(model(dataset.train.images(batch)), dataset.train.labels[batch]).backward()
         return parameters.gradient.clone()
 
-    for _ in range(_TRAINED_STEPS):
+    for _ in range(steps):
         step = gradient()
         with torch.no_grad():
             parameters.theta.sub_(step, alpha=_LEARNING_RATE)

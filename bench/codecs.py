@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bench.codec_errors import Errors, errors_of, vectors
 from bench.codec_speed import SpeedPlan, speeds_of
-from bench.report import environment
+from bench.report import environment, table
 from common.codecs import make_codec, make_sum_codec
 from common.config import CodecName, CodecSpec
 
@@ -32,14 +30,18 @@ VARIANTS: dict[str, CodecSpec] = {
 BARS = {"randomized 8": ("encode", 2.5), "randomized 4": ("encode", 3.0), "randomized 2": ("encode", 3.0)}
 DECODE_BAR = ("randomized 8", 1.0)
 """Times of a copy of the same float32 vector in the same run that 8, 4 and 2 bits may take."""
-_WIDTH = 120
+_WIDTH = 100
+"""Columns that both tables and the legend fit into."""
 _LEGEND = """\
-push, pull: bytes of an element, exactly; pull of a two-sided job, float32 where a codec cannot be. Those of
-shared have the round of the scales in them. Errors: |estimate - x|^2 / |x|^2 of a contribution, and of the mean
-of {workers} workers, who have one vector where it is synthetic and gradients of their own batches where it is
-real; no error feedback. bias: of the estimate of {biased_on}, in standard errors. encode, decode: ns of an
-element and times of a copy ({copy_ns:.2f} ns); decode: onto an accumulator; encode of sign and topk: with error
-feedback, of shared: with the local scales. The least of {repeats} repeats, one thread."""
+push, pull: bytes of an element, exactly. pull is that of a two-sided job, float32 where a codec
+cannot be two-sided; both of shared have the round of the scales in them.
+normal to bias: |estimate - x|^2 / |x|^2, above of one contribution, below of the mean over
+{workers} workers, who have one vector where it is synthetic and gradients of their own batches where it
+is not; all without error feedback. bias, on {biased_on}: its square over |x|^2, estimated without bias
+(it may be negative), and how many standard errors that is: up to about 3 there is none to be seen.
+encode, decode: ns of an element, and times of a copy of the same float32 vector ({copy_ns:.2f} ns); the
+least of {repeats}, on one thread. encode: of sign and topk with error feedback, of shared with this
+worker's scales. decode: onto an accumulator; of shared the integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class CodecPlan:
     Attributes:
         elements: of the vector whose encoding is timed.
         bucket: elements of a bucket.
-        repeats: of the timing, all codecs in turn.
+        repeats: of each codec's timing, of which the least counts; a copy is timed beside each.
         workers: M of the means.
         data: folder of CIFAR-10 for one more real gradient, or None.
         only: names of the rows; all if empty.
@@ -130,23 +132,30 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_codecs(result: dict[str, Any], console: Console) -> None:
-    """The table for people."""
-    console = console if console.is_terminal else Console(width=_WIDTH)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("codec", no_wrap=True)
-    for column in ("push", "pull", *result["vectors"], "bias", "encode", "decode"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Two tables for people: what a codec sends, leaves and takes; and the error of means, and bias."""
+    if console.width < _WIDTH:  # a narrow terminal breaks the lines, but nothing is cut
+        console = Console(file=console.file, width=_WIDTH)
+    names = result["vectors"]
+    costs = table("codec", "push", "pull", *names, "encode", "x copy", "decode", "x copy")
+    means = table(f"mean of {result['workers']} workers", *names, "bias", "std errors")
+    costs.padding = means.padding = (0, 0, 0, 0)
     for row in result["rows"]:
-        table.add_row(
+        costs.add_row(
             row["name"],
             *(f"{row[f'{way}_bytes_per_element']:.3f}" for way in ("pushed", "pulled")),
-            *(", ".join(_short(row["nmse"][name][of]) for of in ("one", "mean")) for name in result["vectors"]),
-            f"{row['bias_standard_errors']:.1f}",
-            *(f"{row[f'{what}_ns']:.2f} {row[f'{what}_over_copy']:5.2f}x" for what in ("encode", "decode")),
+            *(_short(row["nmse"][name]["one"]) for name in names),
+            *(f"{row[f'{what}_{unit}']:.2f}" for what in ("encode", "decode") for unit in ("ns", "over_copy")),
         )
-    console.print(table)
-    names = ("workers", "biased_on", "copy_ns", "repeats")
-    console.print(_LEGEND.format(**{name: result[name] for name in names}), style="bright_black", highlight=False)
+        means.add_row(
+            row["name"],
+            *(_short(row["nmse"][name]["mean"]) for name in names),
+            _short(row["squared_bias"]),
+            f"{row['bias_standard_errors']:.1f}",
+        )
+    console.print(costs)
+    console.print(means)
+    told = {name: result[name] for name in ("workers", "biased_on", "copy_ns", "repeats")}
+    console.print(_LEGEND.format(**told), style="bright_black", highlight=False)
     for bar in result["bars"]:
         verdict = "holds" if bar["holds"] else "does not hold"
         what = bar["what"].removesuffix("_over_copy")

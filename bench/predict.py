@@ -22,7 +22,7 @@ from bench.tensors import tensors_of
 from common.config import ExchangeSpec, JobSpec
 from common.config import Topology as JobTopology
 from common.errors import SpecError, refusal
-from common.layout import plan_layout, pull_codec, push_codec
+from common.layout import bucket_bytes_of, plan_layout, pull_codec, push_codec
 from common.spec_sources import load_job_spec
 
 MOST_WORKERS = 1024
@@ -195,7 +195,7 @@ def _ask(question: Question, topology: str, codec: str, rate_bps: int, workers: 
 def _situation(topology: str, spec: JobSpec, workers: int, rate_bps: int | None, elements: int) -> tuple[Cluster, Load]:
     """Cluster and load of one setting; cores are left to the caller."""
     pushed, pulled = _payload_bytes(spec, elements)
-    bucket_bytes, shards = spec.exchange.resolved_bucket_bytes, workers
+    bucket_bytes, shards = bucket_bytes_of(spec.exchange), workers
     if topology == GLOO:
         kind, bucket_bytes = Kind.ALL_REDUCE, FLOAT32_BYTES * elements
     else:
@@ -219,7 +219,7 @@ _BYTES: dict[tuple[str, int], tuple[int, int]] = {}
 def _default_bucket_bytes(topology: str) -> int:
     """What `exchange.bucket_bytes` is where it is absent."""
     where = JobTopology.COLOCATED if topology == JobTopology.COLOCATED else JobTopology.DEDICATED
-    return ExchangeSpec(topology=where).resolved_bucket_bytes
+    return bucket_bytes_of(ExchangeSpec(topology=where))
 
 
 def _spec(codec: str, bucket_bytes: int) -> JobSpec:

@@ -19,7 +19,7 @@ from bench.measure import Orders, Sample
 from bench.settings import Setting, Topology, TopologyKind, rate_text
 from bench.tensors import elements_of, tensors_of
 from common.config import JobSpec
-from common.layout import BucketKind, Layout, plan_layout, push_codec
+from common.layout import BucketKind, Layout, bucket_bytes_of, plan_layout, push_codec
 
 _PACKAGES = ("datps", "numpy", "grpcio", "protobuf", "torch")
 _LEGEND = (
@@ -85,7 +85,7 @@ def _ours(
     nodes = node_bytes(topology, layout, spec)
     told = {
         "codec_wire_name": push_codec(layout, spec).wire_name,
-        "bucket_bytes": spec.exchange.resolved_bucket_bytes,
+        "bucket_bytes": bucket_bytes_of(spec.exchange),
         "buckets": len(layout.buckets),
         "pushed_message_bytes_per_worker": first["pushed_bytes"],
         "pulled_message_bytes_per_worker": first["pulled_bytes"],

@@ -317,20 +317,11 @@ class ExchangeSpec(Section):
     topology: Topology = Topology.DEDICATED
     """Who averages: `dedicated` servers, `colocated` (every worker's node runs a shard) or `collective` (no server)."""
     bucket_bytes: int | None = Field(default=None, ge=1 << 10, le=(4 << 20) - (1 << 16))
-    """Upper bound of one message's payload in bytes, in the wider of the two directions; where absent, 2 MiB if every
-    worker's node runs a shard and 512 KiB otherwise."""
+    """Upper bound of one message's payload, in the wider direction; where absent, 2 MiB (colocated) or 512 KiB."""
     window_bytes: int = Field(default=16 << 20, ge=1 << 10)
-    """How far a worker may run ahead at a server: contributions to buckets that others have yet to contribute to.
-    Beyond it, no more is read of its stream."""
+    """How much a server reads of a worker's contributions to buckets that others have yet to contribute to."""
     read_ahead_bytes: int = Field(default=512 << 10, ge=64 << 10, le=1 << 30)
     """How much a stream's peer may send before it is read (HTTP/2 window); a long link needs its rate x round trip."""
-
-    @property
-    def resolved_bucket_bytes(self) -> int:
-        """`bucket_bytes`, or what it is where absent: shards at every node make many streams of few buckets each."""
-        if self.bucket_bytes is not None:
-            return self.bucket_bytes
-        return 2 << 20 if self.topology is Topology.COLOCATED else 512 << 10
 
 
 class EvaluationAttackSpec(Section):

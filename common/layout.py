@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from common.codecs import Codec, make_codec, make_sum_codec
-from common.config import CodecName, CodecSpec, JobSpec
+from common.config import CodecName, CodecSpec, ExchangeSpec, JobSpec, Topology
 from common.errors import SpecError, refusal
 
 MAXIMAL_ELEMENTS = 1 << 32
@@ -184,6 +184,13 @@ def plan_layout(tensors: Sequence[TensorSpec], spec: JobSpec) -> Layout:
     )
 
 
+def bucket_bytes_of(exchange: ExchangeSpec) -> int:
+    """`bucket_bytes`, or what it is where absent: shards at every node make many streams of few buckets each."""
+    if exchange.bucket_bytes is not None:
+        return exchange.bucket_bytes
+    return 2 << 20 if exchange.topology is Topology.COLOCATED else 512 << 10
+
+
 def push_codec(layout: Layout, spec: JobSpec) -> Codec:
     """The codec of the workers' contributions: one worker sees the whole gradient vector."""
     return make_codec(spec.codec, start=0, stop=layout.d, layer_edges=layout.layer_edges)
@@ -213,7 +220,7 @@ _Cut = tuple[int, int, int]
 def _dealt(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]:
     """Even buckets, as many for each shard, dealt in turn."""
     codecs = (make_codec(spec.codec, start=0, stop=d, layer_edges=layer_edges), _pull_codec(spec, 0, d, layer_edges))
-    edges = _cuts_within(0, d, codecs, spec.exchange.resolved_bucket_bytes, spec.shards)
+    edges = _cuts_within(0, d, codecs, bucket_bytes_of(spec.exchange), spec.shards)
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
 
 
@@ -223,14 +230,14 @@ def _contiguous(d: int, layer_edges: Sequence[int], spec: JobSpec) -> list[_Cut]
     cuts: list[tuple[int, _Cut]] = []
     for shard, (start, stop) in enumerate(itertools.pairwise(_even_cuts(0, d, spec.shards, push.alignment))):
         pull = _pull_codec(spec, start, stop, layer_edges)
-        inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), spec.exchange.resolved_bucket_bytes, 1))
+        inner = itertools.pairwise(_cuts_within(start, stop, (push, pull), bucket_bytes_of(spec.exchange), 1))
         cuts += [(place, (shard, *cut)) for place, cut in enumerate(inner)]
     return [cut for _, cut in sorted(cuts)]
 
 
 def _state_cuts(e: int, spec: JobSpec) -> list[_Cut]:
     codec = make_codec(UNCOMPRESSED, start=0, stop=e, layer_edges=(0, e))
-    edges = _cuts_within(0, e, (codec,), spec.exchange.resolved_bucket_bytes, min(spec.shards, max(e, 1)))
+    edges = _cuts_within(0, e, (codec,), bucket_bytes_of(spec.exchange), min(spec.shards, max(e, 1)))
     return [(number % spec.shards, *cut) for number, cut in enumerate(itertools.pairwise(edges))]
 
 

@@ -30,6 +30,7 @@ from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
 from deploy.flags import devices_of, given
+from deploy.grpc_tuning import tune_grpc
 
 _FLAGS = (
     *("baseline", "connect_s", "data", "device", "devices", "download", "host", "job", "json", "out", "port", "recipe"),
@@ -38,18 +39,6 @@ _FLAGS = (
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
 """Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
 the same).
-"""
-
-GRPC_EXPERIMENTS = ",".join(
-    (
-        *("tcp_frame_size_tuning", "tcp_rcv_lowat"),
-        *("-event_engine_client", "-event_engine_listener"),
-        *("-event_engine_callback_cq", "-event_engine_for_all_other_endpoints"),
-    )
-)
-"""gRPC then wakes a reader when a message is there, not for each packet of it, and reads on the thread that waits for
-it, not on one of a pool: a sixth less CPU time a round (docs/decisions/0007). It is read when grpc is imported, so it
-has to be in the environment before; one that is set there already is left alone.
 """
 
 app = typer.Typer(
@@ -382,7 +371,7 @@ def default_worker_id() -> str:
 
 def main() -> None:
     """Entry point of the console script, and of the daemons that it starts."""
-    os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
+    tune_grpc()
     app()
 
 

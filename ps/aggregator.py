@@ -10,22 +10,23 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
 from common.codecs import Encoded
 from common.config import JobSpec
 from common.errors import CodecError, SpecError, clipped, refusal
 from common.events import Emitter
-from common.layout import BucketKind, Layout, TensorSpec, plan_layout
+from common.layout import BucketKind, Layout, bucket_bytes_of, plan_layout
+from common.node_memory import NodeMemory
 from common.timeline import OFF, Timeline
-from common.wire.frames import BucketMessage, Frame, new_frame
-from common.wire.rpc import PROTOCOL_VERSION
+from common.wire.frames import BucketMessage
 from common.wire.v1 import ps_pb2 as wire
 from ps import rounds as r
+from ps.averages import AverageMessage, publish
+from ps.greeting import Expectation, hello_refusal, tensors_from
 from ps.lanes import Lane, Lanes
 from ps.membership import FormView
 from ps.outcome import REASONS, Outcome, RefusedError, ending_of
@@ -36,8 +37,6 @@ MAXIMAL_REFUSALS = 32
 """Refused contributions after which a stream is closed: its worker does not speak our protocol."""
 DIGEST_BYTES = 16
 """Of XXH3-128."""
-ABREAST_BUCKETS = 1
-"""How many buckets workers may be ahead of each other once all have begun a round."""
 SPARE_MESSAGES = 256
 """Room in an outbox beside two rounds of averages."""
 
@@ -53,7 +52,9 @@ class Aggregator:
         emit: Emitter,
         end: Callable[[Outcome], None],
         timeline: Timeline = OFF,
+        memory: NodeMemory | None = None,
     ) -> None:
+        self._memory = memory
         self._timeline = timeline
         self._spec = spec
         self._job_digest = spec.digest()
@@ -68,10 +69,9 @@ class Aggregator:
         self._layout: Layout | None = None
         self._view: tuple[int, int] | None = None
         self._worker_ids: tuple[str, ...] = ()
-        exchange = spec.exchange
-        self._lanes = Lanes(spec.workers, exchange.window_bytes, ABREAST_BUCKETS * exchange.resolved_bucket_bytes)
+        self._lanes = Lanes(spec.workers, spec.exchange.window_bytes, bucket_bytes_of(spec.exchange))
         self._held: dict[tuple[int, int], tuple[Encoded, int]] = {}
-        self._averages: dict[tuple[int, int], bytes] = {}
+        self._averages: dict[tuple[int, int], AverageMessage] = {}
         self._expected: FormView | None = None
         self._stop: bytes | None = None
 
@@ -142,7 +142,7 @@ class Aggregator:
             return
         assert self._reducer is not None
         buckets = frozenset(hello.buckets or self._reducer.buckets)
-        lane = Lane(hello.worker_index, buckets, outbox)
+        lane = Lane(hello.worker_index, buckets, outbox, self._memory if hello.node_memory else None)
         outbox.limit = SPARE_MESSAGES + 2 * len(buckets)
         self._lanes.add(lane)
         said_goodbye = False
@@ -192,26 +192,17 @@ class Aggregator:
 
     def _greet(self, hello: wire.Hello) -> tuple[int, str] | None:
         """Checks a Hello, and takes the first good one's layout; returns why it is refused, if it is."""
-        spec, ids = self._spec, tuple(hello.worker_ids)
-        view = (hello.coordinator_incarnation, hello.view)
-        expected_view = self._view or view
-        rules: list[tuple[int, str, object, object]] = [
-            (wire.REASON_PROTOCOL_VERSION, "protocol_version", PROTOCOL_VERSION, hello.protocol_version),
-            (wire.REASON_JOB, "job_id", spec.job_id, hello.job_id),
-            (wire.REASON_JOB, "job_digest", self._job_digest, hello.job_digest.hex()),
-            (wire.REASON_BUCKET, "shard", self._shard, hello.shard),
-            (wire.REASON_VIEW, "coordinator_incarnation", expected_view[0], view[0]),
-            (wire.REASON_VIEW, "view", expected_view[1], view[1]),
-            (wire.REASON_VIEW, "workers", spec.workers, len(ids)),
-            (wire.REASON_VIEW, "worker_ids", list(self._worker_ids or ids), list(ids)),
-        ]
-        for reason, name, expected, got in rules:
-            if expected != got:
-                return reason, refusal(f"{name}={expected}", name, got, f"Hello to shard {self._shard}")
-        if not self._view and self._shard == 0:
-            return wire.REASON_VIEW, refusal("a view that has formed", "view", hello.view)
-        if hello.worker_index >= spec.workers:
-            return wire.REASON_VIEW, refusal(f"worker_index below {spec.workers}", "worker_index", hello.worker_index)
+        expected = Expectation(
+            spec=self._spec,
+            job_digest=self._job_digest,
+            shard=self._shard,
+            view=self._view,
+            worker_ids=self._worker_ids,
+            shares_memory=self._memory is not None,
+        )
+        why_not = hello_refusal(hello, expected)
+        if why_not:
+            return why_not
         return self._take_layout(hello) or self._place_refusal(hello)
 
     def _place_refusal(self, hello: wire.Hello) -> tuple[int, str] | None:
@@ -246,6 +237,8 @@ class Aggregator:
         return None
 
     def _start(self, layout: Layout, hello: wire.Hello) -> None:
+        if self._memory:
+            self._memory.lay_out(layout, self._spec, self._shard, grow=False)
         self._reducer = ShardReducer(layout, self._spec, self._shard)
         self._layout = layout
         self._view = (hello.coordinator_incarnation, hello.view)
@@ -278,6 +271,8 @@ class Aggregator:
                 text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size)
                 raise RefusedError(wire.REASON_CONTENT, text)
             if number in self._reducer.buckets:
+                if lane.memory and encoded is not None:
+                    encoded = replace(encoded, payload=lane.memory.contribution(contribution.round, number))
                 self._check(contribution, encoded, lane)
         except RefusedError as refused:
             where = f"round {contribution.round}, bucket {number}, {who}"
@@ -380,7 +375,7 @@ class Aggregator:
                 average = self._averages.get((effect.round, effect.bucket))
                 carrier = self._lanes.carrier(effect.worker_index, effect.bucket)
                 if average is not None and carrier:  # else it is being encoded and goes to all when it is ready
-                    carrier.outbox.put(average)
+                    carrier.outbox.put(average.to(carrier))
             case r.Refuse() if lane is not None:
                 text, reason = effect.text, REASONS[effect.why]
                 refused = wire.Refusal(reason=reason, text=text, round=effect.round, bucket=effect.bucket)
@@ -427,29 +422,23 @@ class Aggregator:
     def _publish(self, effect: r.Publish, loop: asyncio.AbstractEventLoop) -> None:
         assert self._reducer is not None
         assert self._rounds is not None
-        reducer, view = self._reducer, self._rounds.config.view
-        frames: dict[int, Frame] = {}
-
-        def place(number: int, scale_count: int, payload_bytes: int) -> NDArray[np.uint8]:
-            codec = reducer.pull_codec_of(number).wire_name
-            average = wire.Average(
-                view=view, round=effect.round, bucket=number, codec=codec, incarnation=self._incarnation
-            )
-            frames[number] = new_frame(average, scale_count, payload_bytes)
-            return frames[number].payload
-
         with self._timeline.span("average", round=effect.round, buckets=list(effect.buckets)):
-            for number, encoded in reducer.publish(effect.round, effect.buckets, place).items():
-                frames[number].put_scales(encoded.scales)
-        messages = {number: frame.data for number, frame in frames.items()}
+            messages = publish(
+                self._reducer,
+                effect.round,
+                effect.buckets,
+                view=self._rounds.config.view,
+                incarnation=self._incarnation,
+                memory=self._memory,
+            )
         loop.call_soon_threadsafe(self._published, effect.round, messages)
 
-    def _published(self, round_: int, messages: dict[int, bytes]) -> None:
+    def _published(self, round_: int, messages: dict[int, AverageMessage]) -> None:
         for number, message in messages.items():
             self._averages[round_, number] = message
             for lane in self._lanes:
                 if number in lane.buckets:
-                    lane.outbox.put(message, {"bucket": number, "worker": lane.worker})
+                    lane.outbox.put(message.to(lane), {"bucket": number, "worker": lane.worker})
 
     def _refuse(self, outbox: Outbox, reason: int, text: str, contribution: BucketMessage | None = None) -> None:
         self._emit("refused", worker_id="", text=text)
@@ -457,8 +446,3 @@ class Aggregator:
         if contribution is not None:
             refused.round, refused.bucket = contribution.round, contribution.bucket
         outbox.put(wire.ServerMessage(refusal=refused))
-
-
-def tensors_from(messages: Iterable[wire.Tensor]) -> list[TensorSpec]:
-    """The layout's input as a worker sent it."""
-    return [TensorSpec(name=m.name, shape=tuple(m.shape), buffer=m.buffer) for m in messages]

@@ -14,6 +14,7 @@ from common.codecs.cpu import warm
 from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from common.memory import keep_freed_memory
+from common.node_memory import NodeMemory
 from common.spec_sources import job_spec_from_json
 from ps.membership import FormView
 from ps.outcome import Outcome
@@ -41,12 +42,15 @@ def run_shard(words: TextIO, emit: Emitter) -> int:
         told = json.loads(words.readline())
         spec, host = job_spec_from_json(told["job_spec"]), str(told["host"])
         trace = Path(told["trace"]) if told.get("trace") else None
+        memory = NodeMemory(int(told["memory"]))
     except (ValueError, KeyError, TypeError) as error:
         raise SpecError(refusal("a worker that starts this shard", "words", "none", repr(error))) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # its worker decides
     warm()
-    return asyncio.run(_run_shard(ServerOptions(spec=spec, shard=None, host=host, port=0, trace=trace), words, emit))
+    return asyncio.run(
+        _run_shard(ServerOptions(spec=spec, shard=None, host=host, port=0, trace=trace, memory=memory), words, emit)
+    )
 
 
 async def _run_shard(options: ServerOptions, words: TextIO, emit: Emitter) -> int:

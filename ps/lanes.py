@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator
 
+from common.node_memory import NodeMemory
 from ps.streams import Outbox
 
 
@@ -18,16 +19,18 @@ class Lane:
     behind, and the one that is furthest behind is not ahead of anybody.
     """
 
-    def __init__(self, worker: int, buckets: frozenset[int], outbox: Outbox) -> None:
+    def __init__(self, worker: int, buckets: frozenset[int], outbox: Outbox, memory: NodeMemory | None = None) -> None:
         """
         Args:
             worker: worker_index; a worker may have several lanes.
             buckets: those that it carries.
             outbox: what goes to the worker.
+            memory: where its payloads lie, both ways; None: in the messages.
         """
         self.worker = worker
         self.buckets = buckets
         self.outbox = outbox
+        self.memory = memory
         self.room = asyncio.Event()
         """Set while it is not too far ahead."""
         self.room.set()
@@ -47,7 +50,7 @@ class Lanes:
         Args:
             workers: M, all of which contribute to every bucket.
             window_bytes: how far a lane may run ahead while a worker has not begun the round.
-            abreast_bytes: how far once all have.
+            abreast_bytes: how far once all have; a bucket does.
         """
         self._by_worker: dict[int, list[Lane]] = {}
         self._taken_leave: dict[int, frozenset[int]] = {}

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from common.config import JobSpec, Topology
 from common.errors import EXIT_MISMATCH, EXIT_TERMINATED, SpecError, refusal
 from common.events import Emitter
+from common.node_memory import NodeMemory
 from common.timeline import Timeline
 from common.wire import rpc
 from common.wire.frames import read_worker_message
@@ -43,6 +44,7 @@ class ServerOptions:
         port: 0 for any free port.
         shard_addresses: host:port by shard, as workers reach them; needed by shard 0 if there are several servers.
         trace: file that the timeline is written to at the end.
+        memory: shared with the worker of this node, if there is one.
     """
 
     spec: JobSpec
@@ -51,6 +53,7 @@ class ServerOptions:
     port: int = 50051
     shard_addresses: tuple[str, ...] = ()
     trace: Path | None = None
+    memory: NodeMemory | None = None
 
     def __post_init__(self) -> None:
         servers = self.spec.servers
@@ -71,7 +74,12 @@ class Server:
         self.address = ""
         self._timeline = Timeline(emit.process, on=options.trace is not None)
         self.aggregator = Aggregator(
-            spec=options.spec, incarnation=self.incarnation, emit=emit, end=self.end, timeline=self._timeline
+            spec=options.spec,
+            incarnation=self.incarnation,
+            emit=emit,
+            end=self.end,
+            timeline=self._timeline,
+            memory=options.memory,
         )
         self.coordinator: Coordinator | None = None
         self._aggregates = options.shard is None or options.spec.exchange.topology is Topology.DEDICATED

@@ -146,5 +146,16 @@ class Codec(Protocol):
         ...
 
     def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool, key: RandomKey | None = None) -> None:
-        """Decodes onto `out`: `out += values` if `add`, else `out[:] = values`; bit for bit the same everywhere."""
+        """Decodes a bucket that `check` lets pass; bit for bit the same everywhere.
+
+        Args:
+            encoded: of the bucket [start, start + len(out)); not changed.
+            start: flat index of out[0].
+            out: float32 of shape (n,), contiguous: `out += values` if `add`, else `out[:] = values`.
+            add: see `out`.
+            key: that of the encoding; only codec `rotated` needs it.
+
+        Raises:
+            CodecError: another number of bytes or scales, which is found without `check` too, or a missing key.
+        """
         ...

@@ -123,7 +123,8 @@ class RotatedCodec:
         if wrong >= 0:
             require_finite(values, start, "gradient")
             rule = f"blocks with a root mean square of about {self._limit:.1e} at most"
-            raise CodecError(refusal(rule, "largest magnitude", np.abs(values).max(), f"from element {start + wrong}"))
+            largest = np.abs(values[wrong : wrong + block]).max()
+            raise CodecError(refusal(rule, "largest magnitude", largest, f"from element {start + wrong}"))
         tail[:] = values[n - len(tail) :]
         require_finite(tail, start + n - len(tail), "gradient")
         return Encoded(scales=scales, payload=stream)

@@ -1,7 +1,7 @@
 """The tables that one suite runs through: codecs, and cases that all of their implementations encode to the same bytes.
 
 `CASES` knows no implementation. To test one, build a codec per case with its own `make_codec`, encode, and compare with
-the reference: see `test_backends.py`.
+the reference: see `test_backends.py`. Those of `tests/gpu/table.py` are among them: they go through Triton's, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from common.codecs import SERVER, Codec, Encoded, Float32, RandomKey, make_codec
 from common.config import CodecSpec
+from tests.gpu.table import CASES as GPU_CASES
 
 KEY = RandomKey(seed=7, round=3, source=1)
 
@@ -124,7 +125,6 @@ BLOCK_SPECS = [
     *(CodecSpec(bits=8, block=block, scale="l2") for block in (8, 24, 4096, 4104, 40_000)),
     CodecSpec(bits=16, block=5000, scale="l2"),
 ]
-ALL_SPECS = [*SPECS, *BLOCK_SPECS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +193,12 @@ def _cases() -> Iterator[Case]:
     for spec in BLOCK_SPECS:
         for kind in ("gaussian", "many magnitudes", "blocks of all magnitudes"):
             yield Case(name=f"{name_of(spec)} {kind}", spec=spec, values=VALUES[kind](70_001))
+    for case in GPU_CASES.values():
+        yield Case(name=f"{case}, in Triton too", spec=case.spec, values=case.values(), start=case.start)
 
 
 CASES = list(_cases())
-GROUPS = {name: [case for case in CASES if name_of(case.spec) == name] for name in map(name_of, ALL_SPECS)}
+GROUPS: dict[str, list[Case]] = {}
 """The cases by codec."""
+for _case in CASES:
+    GROUPS.setdefault(name_of(_case.spec), []).append(_case)

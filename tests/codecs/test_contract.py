@@ -237,7 +237,7 @@ def test_input_is_not_changed_and_not_kept(spec: CodecSpec) -> None:
 
 
 @every_codec
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_cutting_into_aligned_buckets_changes_no_decoded_value(spec: CodecSpec, data: st.DataObject) -> None:
     codec, values = build(spec, D), gaussian(D)

@@ -42,19 +42,18 @@ def test_codec_none_keeps_every_bit() -> None:
     assert np.array_equal(bits_of(round_trip(build(CodecSpec(name="none"), 7), values)), bits_of(values))
 
 
-@every_quantizer
-@settings(max_examples=20, deadline=None)
-@given(value=st.floats(width=32, allow_nan=False, allow_infinity=False))
+@settings(max_examples=150, deadline=None)
+@given(spec=st.sampled_from(SPECS[3:]), value=st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_single_element_is_exact_whatever_its_magnitude(spec: CodecSpec, value: float) -> None:
     values = np.array([value], np.float32)
     assert np.array_equal(round_trip(build(spec, 1), values), values)
 
 
-@pytest.mark.parametrize(
-    "spec", [spec for spec in SPECS[3:] if spec.scale == "linf" and spec.name != "paper"], ids=name_of
+@settings(max_examples=150, deadline=None)
+@given(
+    spec=st.sampled_from([spec for spec in SPECS[3:] if spec.scale == "linf" and spec.name != "paper"]),
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
 )
-@settings(max_examples=20, deadline=None)
-@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_the_element_that_gives_an_linf_block_its_scale_is_exact(spec: CodecSpec, values: list[float]) -> None:
     vector = np.array(values, np.float32)
     decoded = round_trip(build(spec, len(vector)), vector)

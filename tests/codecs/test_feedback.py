@@ -57,19 +57,19 @@ def within_range(values: NDArray[np.floating], low: int) -> Float32:
 @pytest.mark.parametrize("low", [-120, -40, -20, 0, 60])
 def test_the_identity_is_exact_for_random_gradients(spec: CodecSpec, low: int) -> None:
     rng = np.random.default_rng(low + 200)
-    exponents = rng.uniform(low, low + 20, (8, 300))
-    assert_exact(spec, [within_range(rng.choice([-1, 0, 1], 300) * 2.0**row, low) for row in exponents])
+    exponents = rng.uniform(low, low + 20, (8, 130))
+    assert_exact(spec, [within_range(rng.choice([-1, 0, 1], 130) * 2.0**row, low) for row in exponents])
 
 
 @every_codec
 @settings(max_examples=15, deadline=None)
 @given(
     gradients=st.lists(
-        st.lists(st.floats(-(2.0**10), 2.0**10, width=32), min_size=70, max_size=70), min_size=1, max_size=5
+        st.lists(st.floats(-(2.0**10), 2.0**10, width=32), min_size=1, max_size=9), min_size=1, max_size=5
     )
 )
 def test_the_identity_is_exact_for_adversarial_gradients(spec: CodecSpec, gradients: list[list[float]]) -> None:
-    assert_exact(spec, [within_range(np.array(gradient), -10) for gradient in gradients])
+    assert_exact(spec, [within_range(np.resize(gradient, 70), -10) for gradient in gradients])
 
 
 @every_codec

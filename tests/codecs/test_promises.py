@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -206,6 +207,28 @@ def test_a_codec_says_what_it_needs(spec: CodecSpec) -> None:
     assert codec.needs_shared_scales is (spec.name == "shared")
     assert not codec.needs_whole_vector
     assert not make_sum_codec(CodecSpec(name="shared"), 3).needs_shared_scales
+
+
+GOLDEN = {
+    "sign/64": "bc47c19fc842a891",
+    "sign/5000": "5c3230f35df1b2b1",
+    "topk/1:32/64": "b0a854aacaeb0eba",
+    "topk/1:10/1000": "4761bfdda0357085",
+    "topk/1:1/8": "b07060d00fdcd3a6",
+    "shared/2/64": "6bcdf4519115ece0",
+    "shared/3/64": "3d926a2fab537c97",
+    "shared/4/64": "7b3be0272a593a18",
+    "shared/8/64": "cb3b2e95f4fa3d9f",
+}
+"""SHA-256, first 16 digits, of scales and payload of `exact_vector(10_007)`; for `rotated` see `test_rotated.py`."""
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.name != "rotated"], ids=lambda spec: spec.name)
+def test_bytes_never_change(spec: CodecSpec) -> None:
+    codec = build(spec, 10_007)
+    (encoded,) = encode(codec, exact_vector(10_007))
+    digest = hashlib.sha256(b"".join(bytes_of(encoded))).hexdigest()[:16]
+    assert digest == GOLDEN[codec.wire_name]
 
 
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[-2]])

@@ -57,13 +57,12 @@ def assert_same_as_the_reference(values: Float32, bits: int, block: int, start: 
 # Bytes
 
 
-@every_width
-@pytest.mark.parametrize("block", [64, 512, 8192])
+@pytest.mark.parametrize(("bits", "block"), [(1, 64), (1, 512), (2, 8192), (3, 64), (3, 8192), (4, 512)])
 def test_bytes_and_values_are_those_of_the_numpy_reference(bits: int, block: int) -> None:
-    for n in (*SIZES, 127, 128, 511, 8192 + 4096 + 2048 + 77):
+    for n in (*SIZES[:-4], 127, 128, block + block // 2 + block // 4 + 77):
         assert_same_as_the_reference(gaussian(n), bits, block)
-    for kind, make in VALUES.items():
-        assert_same_as_the_reference(make(1003), bits, block), kind
+    for make in VALUES.values():
+        assert_same_as_the_reference(make(1003), bits, block)
 
 
 @every_width
@@ -165,7 +164,7 @@ def estimates_of(values: Float32, bits: int, copies: int) -> NDArray[np.float64]
 @pytest.mark.parametrize(("name", "n"), [*((name, 512) for name in VECTORS), ("gaussian", 64), ("heavy tailed", 64)])
 def test_estimate_is_unbiased_within_four_standard_errors(name: str, n: int, bits: int) -> None:
     values = VECTORS[name](n)
-    assert standard_errors_off(estimates_of(values, bits, 1000), values) < LIMIT
+    assert standard_errors_off(estimates_of(values, bits, 500), values) < LIMIT
 
 
 @pytest.mark.parametrize(("n", "bound"), [(64, 0.01), (128, 0.0025), (256, 0.0007)])
@@ -181,23 +180,23 @@ def test_the_bias_that_is_left_for_the_worst_vectors_falls_with_the_square_of_th
 @pytest.mark.parametrize("name", ["two large", "heavy tailed"])
 def test_a_single_pass_would_be_noticed(name: str) -> None:
     """Shows that these tests can fail: EDEN's one pass of signs and transform, on vectors with few large elements."""
-    n, copies = 256, 1500
+    n, copies = 256, 500
     values = np.tile(VECTORS[name](n), copies)
     encoded = reference.encode(values, 0, KEY, 1, n, passes=1)
     estimates = reference.decode(encoded, 0, len(values), KEY, 1, n, passes=1).reshape(copies, n).astype(np.float64)
-    assert standard_errors_off(estimates, values[:n]) > 10 * LIMIT
+    assert standard_errors_off(estimates, values[:n]) > 2 * LIMIT
 
 
 @every_width
 @pytest.mark.parametrize("name", VECTORS)
 def test_error_is_that_of_the_quantizer_whatever_the_vector(name: str, bits: int) -> None:
-    n, copies = 512, 1000
+    n, copies = 512, 300
     values = VECTORS[name](n)
     estimates = estimates_of(values, bits, copies)
     errors = ((estimates - values) ** 2).sum(axis=1) / (values.astype(np.float64) ** 2).sum()
     # After the first pass the coordinates of one-hot vectors have one magnitude; after the second they are binomial.
     assert errors.mean() == pytest.approx(QUANTIZER[bits], rel=0.06 if name in ("one-hot", "two large") else 0.02)
-    mean = ((estimates[:996].reshape(-1, 6, n).mean(axis=1) - values) ** 2).sum(axis=1)
+    mean = ((estimates.reshape(-1, 6, n).mean(axis=1) - values) ** 2).sum(axis=1)
     assert mean.mean() / (values.astype(np.float64) ** 2).sum() == pytest.approx(errors.mean() / 6, rel=0.03)
 
 
@@ -239,6 +238,16 @@ def test_tiny_and_huge_vectors_keep_their_error(bits: int, unit: float) -> None:
     rounding = 1e-45 if unit < 1e-37 else 0.0
     bound = QUANTIZER[bits] * 1.1 * (values.astype(np.float64) ** 2).sum() + 4096 * (4 * rounding) ** 2
     assert (error**2).sum() <= bound
+
+
+def test_a_refused_block_is_told_by_its_own_largest_magnitude() -> None:
+    """Not by that of the whole bucket: here the first block has a larger element, and is fine."""
+    values, limit = np.zeros(1024, np.float32), np.float32(2.0**120)
+    values[5] = 8 * limit
+    values[512:] = 2 * limit
+    message = rf"got largest magnitude={2 * limit!s} \(from element 512\)".replace("+", r"\+")
+    with pytest.raises(CodecError, match=message):
+        build(1024, 2).encode(values, 0, KEY)
 
 
 @pytest.mark.parametrize("block", [64, 512, 1 << 15])

@@ -33,6 +33,7 @@ BAD_HELLOS: dict[str, tuple[dict[str, Any], str]] = {
     "live worker": ({"worker_index": 0}, r"a worker_id that is not live, got worker_id=worker-0"),
     "layout": ({"layout_digest": b"\x01" * 32}, r"layout_digest=[0-9a-f]{64}, got layout_digest=0101"),
     "round": ({"round": 9}, r"round=0, which is open, got round=9"),
+    "node memory": ({"node_memory": True}, r"payloads in the messages, got node_memory=True"),
 }
 
 

@@ -34,10 +34,11 @@ def test_encoding_has_the_bytes_of_the_cpu(case: Case, outcome: Outcome) -> None
 
 
 @every_case
-@pytest.mark.parametrize(("name", "add"), [("added", True), ("set", False)])
-def test_decoding_has_the_bits_of_the_cpu(case: Case, name: str, add: bool, outcome: Outcome) -> None:
-    expected = case.decoded(case.encoded(), other_values(case.n), add=add)
-    assert same_bits(outcome(str(case))[name], expected)
+def test_decoding_has_the_bits_of_the_cpu(case: Case, outcome: Outcome) -> None:
+    for name, add in (("added", True), ("set", False)):
+        if add or case.is_set:
+            expected = case.decoded(case.encoded(), other_values(case.n), add=add)
+            assert same_bits(outcome(str(case))[name], expected), name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])

@@ -20,6 +20,7 @@ from common.config import JobSpec
 from common.errors import PeerLostError, refusal
 from common.events import Emitter
 from common.layout import Layout
+from common.node_memory import NodeMemory
 from worker.exchange.coordination import Admission
 
 _FORWARDED = frozenset({"error", "refused"})
@@ -66,14 +67,25 @@ class ShardProcess:
             PeerLostError: it does not come up.
         """
         self._emit = emit
+        self._spec = spec
         self._deadline_s = deadline_s
+        self.memory = NodeMemory.make()
+        """Where payloads between worker and shard lie, once it is assigned."""
         self._listening: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        memory = self.memory.descriptor
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+            pass_fds=(memory,),
         )
         self._reader = threading.Thread(target=self._read, name="shard", daemon=True)
         self._reader.start()
-        self._say({"job_spec": spec.to_json(), "host": host, "trace": str(trace) if trace else None})
+        traced = str(trace) if trace else None
+        self._say({"job_spec": spec.to_json(), "host": host, "trace": traced, "memory": memory})
         try:
             address = self._listening.get(timeout=deadline_s)
         except queue.Empty:
@@ -84,7 +96,12 @@ class ShardProcess:
         self.address = address
 
     def assign(self, admission: Admission, layout: Layout, round_: int) -> None:
-        """Tells it which shard it is: the one of its worker's index."""
+        """Tells it which shard it is: the one of its worker's index.
+
+        Raises:
+            PeerLostError: it is gone, or there is no memory to share with it.
+        """
+        self.memory.lay_out(layout, self._spec, admission.worker_index, grow=True)
         self._say(
             {
                 "shard": admission.worker_index,
@@ -115,6 +132,7 @@ class ShardProcess:
             self._process.kill()
             self._process.wait()
         self._reader.join(_KILL_S)
+        self.memory.close()
 
     def _say(self, words: dict[str, Any]) -> None:
         assert self._process.stdin

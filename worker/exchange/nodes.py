@@ -13,6 +13,7 @@ from common.config import JobSpec, Topology
 from common.errors import SpecError, refusal
 from common.events import Emitter
 from common.layout import Layout
+from common.node_memory import NodeMemory
 from common.timeline import OFF, Timeline
 from worker.exchange.base import Exchange
 from worker.exchange.collective import GRACE_S, CollectiveExchange
@@ -102,6 +103,7 @@ class _ServedNode:
     def __init__(self, spec: JobSpec, options: NodeOptions, emit: Emitter) -> None:
         self._spec, self._options, self._emit = spec, options, emit
         self._exchange: ParameterServerExchange | None = None
+        self._memory: NodeMemory | None = None
 
     def open(self, admission: Admission, layout: Layout, first_round: int, give_up: Callable[[], None]) -> Exchange:
         """See `Node`."""
@@ -115,6 +117,7 @@ class _ServedNode:
             carried=self._options.carried,
             connect_s=self._options.connect_s,
             give_up=give_up,
+            memory=self._memory,
         )
         return self._exchange
 
@@ -137,6 +140,7 @@ class _ColocatedNode(_ServedNode):
         host = options.host or local_address(options.coordinator)
         self._shard = ShardProcess(options.shard_command, spec, host, options.connect_s, emit, options.shard_trace)
         self.address = self._shard.address
+        self._memory = self._shard.memory
 
     def open(self, admission: Admission, layout: Layout, first_round: int, give_up: Callable[[], None]) -> Exchange:
         """See `Node`."""

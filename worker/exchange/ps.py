@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from common.config import JobSpec
 from common.errors import CodecError, DatpsError, MismatchError, PeerLostError, refusal
 from common.events import Emitter
 from common.layout import Bucket, BucketKind, Layout, pull_codec, push_codec, state_codec
+from common.node_memory import NodeMemory
 from common.timeline import OFF, Timeline
 from common.wire import rpc
 from common.wire.frames import BucketMessage, new_frame
@@ -53,6 +55,7 @@ class ParameterServerExchange:
         carried: frozenset[int] | None = None,
         connect_s: float = 60.0,
         give_up: Callable[[], None] = lambda: None,
+        memory: NodeMemory | None = None,
     ) -> None:
         """
         Args:
@@ -65,29 +68,27 @@ class ParameterServerExchange:
             carried: the buckets that this exchange is for, others of this worker being for the rest; None: all.
             connect_s: how long to wait for the servers to answer.
             give_up: called now and then while waiting for them; raises if that has become pointless.
+            memory: shared with the shard of our own index, which runs on this node; None: it is like any other.
 
         Raises:
             PeerLostError: a server does not answer.
         """
         self.stop_requested: str | None = None
-        self._timeline = timeline
-        self._layout = layout
-        self._spec = spec
-        self._admission = admission
-        self._emit = emit
+        self._layout, self._spec, self._admission = layout, spec, admission
+        self._timeline, self._emit = timeline, emit
         self._encoder = Encoder(layout, spec, admission)
         self.feedback = self._encoder.feedback
         self._push = push_codec(layout, spec)
         self._pull = [pull_codec(layout, spec, shard) for shard in range(layout.shards)]
         self._state_codec = state_codec(layout)
-        shard_of = tuple(bucket.shard for bucket in layout.buckets)
-        self._carried = carried
+        self._carried, self._memory = carried, memory
         self._buckets = tuple(b for b in layout.buckets if carried is None or b.number in carried)
-        self._session = s.Session(shard_of, first_round=first_round, carried=carried)
+        self._session = s.Session(tuple(b.shard for b in layout.buckets), first_round=first_round, carried=carried)
         self._condition = threading.Condition()
         self._failure: DatpsError | None = None
         self._closing = self._abandoned = False
         self._kept: dict[tuple[int, int], bytes] = {}
+        self._beside: dict[int, int] = {}
         self._awaited: set[int] = set()
         in_turn = [bucket for bucket in self._buckets if bucket.kind is not BucketKind.SCALES]
         self._turns = Turns(in_turn, whole=self._push.needs_whole_vector)
@@ -97,7 +98,6 @@ class ParameterServerExchange:
         self._gradient = self._state = np.empty(0, np.float32)
         self._to_encode: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
         self._encoding = threading.Thread(target=self._encode_all, name="encode", daemon=True)
-        self._encoding.start()
         self._loop = StreamLoop("streams")
         self._streams = self._make_streams()
         self._open(connect_s, give_up)
@@ -106,10 +106,14 @@ class ParameterServerExchange:
         """One for each shard that has buckets of ours."""
         shards = {bucket.shard for bucket in self._buckets}
         addresses = enumerate(self._admission.shard_addresses)
-        return {n: ShardStream(self._loop, address, n, self._timeline) for n, address in addresses if n in shards}
+        streams = {n: ShardStream(self._loop, address, n, self._timeline) for n, address in addresses if n in shards}
+        if self._memory is not None and self._admission.worker_index in streams:
+            streams[self._admission.worker_index].uses_memory = True
+        return streams
 
     def _open(self, connect_s: float, give_up: Callable[[], None]) -> None:
         """Connects to all shards and says who we are."""
+        self._encoding.start()
         try:
             self._connect(connect_s, give_up)
         except BaseException:
@@ -221,6 +225,7 @@ class ParameterServerExchange:
             layout_digest=self._layout.digest(),
             round=round_,
             buckets=own,
+            node_memory=self._streams[shard].uses_memory,
         )
 
     # Encoding, on a thread of its own
@@ -251,14 +256,17 @@ class ParameterServerExchange:
             incarnation=stream.incarnation or 0,
         )
         start, n = bucket.start, bucket.n
-        frame = new_frame(header, codec.scale_count(start, n), codec.payload_bytes(start, n))
+        slot = self._memory.contribution(round_, bucket.number) if self._memory and stream.uses_memory else None
+        frame = new_frame(header, codec.scale_count(start, n), codec.payload_bytes(start, n) if slot is None else 0)
+        payload = frame.payload if slot is None else slot
         with self._timeline.span("encode", round=round_, bucket=bucket.number, kind=bucket.kind.value):
             if bucket.kind is BucketKind.SCALES:
                 self._scales[bucket.number] = self._encoder.scales(self._layout.scales_of(bucket))
-            encoded = self._encoder.encode(bucket, self._values(bucket), frame.payload, self._shared(bucket))
+            encoded = self._encoder.encode(bucket, self._values(bucket), payload, self._shared(bucket))
         frame.put_scales(encoded.scales)
         with self._condition:
             self._kept[round_, bucket.number] = frame.data
+            self._beside[bucket.number] = 0 if slot is None else slot.size
             self._perform(self._session.handle(s.BucketEncoded(bucket=bucket.number)))
 
     def _shared(self, bucket: Bucket) -> BlockScales | None:
@@ -280,7 +288,7 @@ class ParameterServerExchange:
             match effect:
                 case s.Push():
                     message = self._kept[effect.round, effect.bucket]
-                    self._pushed_bytes += len(message)
+                    self._pushed_bytes += len(message) + self._beside[effect.bucket]
                     self._streams[effect.shard].put(message, effect.bucket)
                 case s.Forget():
                     for key in [key for key in self._kept if key[0] <= effect.round]:
@@ -344,12 +352,10 @@ class ParameterServerExchange:
             return effects
 
     def _average_received(self, stream: ShardStream, average: BucketMessage) -> None:
-        encoded = average.encoded
-        bucket, codec = self._expected(stream, average, encoded)
+        bucket, codec, encoded = self._expected(stream, average)
         effects = self._event(s.AverageReceived(round=average.round, bucket=average.bucket))
         if not any(isinstance(effect, s.Accept) for effect in effects):
             return
-        assert encoded is not None
         with self._timeline.span("decode", round=average.round, bucket=bucket.number, kind=bucket.kind.value):
             values, key = self._values(bucket), RandomKey(seed=self._spec.seed, round=average.round, source=SERVER)
             codec.decode(encoded, bucket.start, values, add=False, key=key)
@@ -360,12 +366,12 @@ class ParameterServerExchange:
             self._to_encode.put(self._layout.scales_of(bucket))
         with self._condition:
             self._awaited.discard(average.bucket)
-            self._pulled_bytes += average.size_bytes
+            self._pulled_bytes += average.size_bytes + (len(encoded.payload) if stream.uses_memory else 0)
             if not self._awaited:
                 self._condition.notify_all()
 
-    def _expected(self, stream: ShardStream, average: BucketMessage, encoded: Encoded | None) -> tuple[Bucket, Codec]:
-        """The bucket and codec of an average that is what it should be.
+    def _expected(self, stream: ShardStream, average: BucketMessage) -> tuple[Bucket, Codec, Encoded]:
+        """The bucket, codec and content of an average that is what it should be.
 
         Raises:
             MismatchError: it is not.
@@ -380,13 +386,16 @@ class ParameterServerExchange:
             raise MismatchError(refusal("a bucket of this stream", "bucket", average.bucket, where))
         bucket = self._layout.buckets[average.bucket]
         codec = self._pull[stream.shard] if bucket.kind is BucketKind.GRADIENT else self._state_codec
+        encoded = average.encoded
         if average.codec != codec.wire_name or encoded is None:
             raise MismatchError(refusal(f"codec={codec.wire_name}", "codec", average.codec, where))
+        if self._memory and stream.uses_memory:
+            encoded = replace(encoded, payload=self._memory.average(average.round, bucket.number))
         try:
             codec.check(encoded, bucket.start, bucket.n)
         except CodecError as error:
             raise MismatchError(f"{error} ({where})") from None
-        return bucket, codec
+        return bucket, codec, encoded
 
     def _wait_for(self, done: Callable[[], bool]) -> None:
         """Waits, the condition held.

@@ -68,6 +68,8 @@ class ShardStream:
         self.address = address
         self.shard = shard
         self.incarnation: int | None = None
+        self.uses_memory = False
+        """Whether payloads lie in the node's memory instead of the messages."""
         self.ended = threading.Event()
         """Set when no more is read."""
         self._loop = loop

@@ -206,7 +206,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_ids", "worker_index", "shard", "tensors", "layout_digest", "round", "buckets")
+    __slots__ = ("protocol_version", "job_id", "job_digest", "view", "coordinator_incarnation", "worker_ids", "worker_index", "shard", "tensors", "layout_digest", "round", "buckets", "node_memory")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     JOB_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class Hello(_message.Message):
     LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    NODE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     job_id: str
     job_digest: bytes
@@ -231,7 +232,8 @@ class Hello(_message.Message):
     layout_digest: bytes
     round: int
     buckets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ...) -> None: ...
+    node_memory: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., job_id: _Optional[str] = ..., job_digest: _Optional[bytes] = ..., view: _Optional[int] = ..., coordinator_incarnation: _Optional[int] = ..., worker_ids: _Optional[_Iterable[str]] = ..., worker_index: _Optional[int] = ..., shard: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., layout_digest: _Optional[bytes] = ..., round: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., node_memory: bool = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("view", "round", "bucket", "codec", "scales", "payload", "parameter_digest", "incarnation")
