@@ -29,6 +29,9 @@ MOST_WORKERS = 1024
 GLOO = "gloo"
 
 
+_WIDTH = 110
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is predicted.
@@ -255,6 +258,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def print_predict(result: dict[str, Any], console: Console) -> None:
     """The check, the predictions, the crossover points."""
+    if console.width < _WIDTH:  # lines of a narrow terminal break, but nothing is cut
+        console = Console(file=console.file, width=_WIDTH)
     if result["compared"]:
         check = table("a round: seconds", "measured", "predicted", "error", "bound by")
         for row in result["compared"]:
