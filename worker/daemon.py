@@ -288,7 +288,7 @@ class _Job:
         residuals = Residuals(
             options.state, exchange.feedback, layout=self._layout, worker_index=admission.worker_index, keep=keep
         )
-        residuals.begin(self.round, anew=options.resume is not None)
+        residuals.begin(self.round, self._replica.parameter_digest(), anew=options.resume is not None)
         return residuals
 
     def _node_options(self) -> NodeOptions:
@@ -385,4 +385,5 @@ def _order(options: WorkerOptions, spec: JobSpec, checkpoint: Checkpoint | None)
         checkpoint=str(checkpoint.path) if checkpoint else None,
         saves=options.out is not None,
         connect_s=options.connect_s,
+        trace=str(options.trace) if options.trace else None,
     )

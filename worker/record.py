@@ -145,7 +145,7 @@ class RunRecorder:
     def save(self, round_: int) -> None:
         """See `worker.trainer.Recorder`; without a run folder nothing but this worker's residual is saved."""
         if self._residuals:
-            self._residuals.save(round_)
+            self._residuals.save(round_, self._replica.parameter_digest())
         if not self._folder:
             return
         description = {

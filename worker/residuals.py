@@ -4,7 +4,8 @@
 
 Workers may share the folder, or each have its own. A file is written under a temporary name, flushed and renamed, so it
 is whole or absent. Workers write theirs independently of each other and of the checkpoint: after a crash in the middle
-of saving, the newest round that has them all is the one to go on from (`newest_whole`).
+of saving, the newest round that has them all is the one to go on from (`newest_whole`). So one round more of them is
+kept than of checkpoints, and a file names the parameters that it belongs to.
 """
 
 from __future__ import annotations
@@ -41,37 +42,42 @@ class Residuals:
             feedback: whose residual it is.
             layout: of the gradient vector.
             worker_index: of this worker.
-            keep: how many rounds to keep, at least 1.
+            keep: how many checkpoints the run keeps, at least 1.
         """
         self._folder = folder
         self._feedback = feedback
         self._vector = vector_digest(layout)
         self._worker_index = worker_index
-        self._keep = keep
+        self._keep = keep + 1  # the checkpoint of a round is saved after the residuals, if no crash comes between
 
-    def begin(self, round_: int, *, anew: bool) -> None:
+    def begin(self, round_: int, parameter_digest: bytes, *, anew: bool) -> None:
         """Goes on with the residual after `round_` rounds, and forgets those of later rounds.
 
         Args:
             round_: 0: training begins, there is none.
+            parameter_digest: of the parameters after `round_` rounds.
             anew: a run that ended here before its first checkpoint may be started anew.
 
         Raises:
             SpecError: training begins, and the folder has residuals of another run.
-            CheckpointError: the file is missing, damaged, or of another vector.
+            CheckpointError: the file is missing, damaged, of another vector, or of another run.
         """
         own = dict(self._own())
         if round_ == 0 and own and not anew:
             rule = "a folder without residuals of another run (or --resume)"
             raise SpecError(refusal(rule, "state", self._folder, f"{own[max(own)]} is there"))
         if round_ > 0:
-            self._feedback.load(self._read(self._path(round_), round_))
+            self._feedback.load(self._read(self._path(round_), self._described(round_, parameter_digest)))
         for later in own:
             if later > round_:
                 self._remove(own[later])
 
-    def save(self, round_: int) -> None:
+    def save(self, round_: int, parameter_digest: bytes) -> None:
         """Saves the residual after `round_` rounds, and removes all but the newest.
+
+        Args:
+            round_: how many rounds have closed.
+            parameter_digest: of the parameters after them.
 
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
@@ -79,16 +85,10 @@ class Residuals:
         path = self._path(round_)
         temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
         residual = self._feedback.residual
-        metadata = {
-            "format": FORMAT,
-            "round": str(round_),
-            "worker_index": str(self._worker_index),
-            "vector_sha256": self._vector,
-            "residual_xxh3_128": _digest(residual),
-        }
+        metadata = {**self._described(round_, parameter_digest), "residual_xxh3_128": _digest(residual)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in path.parent.glob(f".{path.stem}.*"):
+            for abandoned in self._folder.glob(f"round-*/.{path.stem}.*"):
                 abandoned.unlink(missing_ok=True)
             save_file({_TENSOR: residual}, temporary, metadata)
             with temporary.open("rb") as file:
@@ -109,27 +109,31 @@ class Residuals:
             with contextlib.suppress(ValueError):
                 yield int(path.parent.name.removeprefix("round-")), path
 
+    def _described(self, round_: int, parameter_digest: bytes) -> dict[str, str]:
+        """What a file says of itself, beside the digest of its content."""
+        return {
+            "format": FORMAT,
+            "round": str(round_),
+            "worker_index": str(self._worker_index),
+            "vector_sha256": self._vector,
+            "parameter_digest": parameter_digest.hex(),
+        }
+
     def _remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others still have theirs there
             path.parent.rmdir()
 
-    def _read(self, path: Path, round_: int) -> Float64:
-        expected = {
-            "format": FORMAT,
-            "round": str(round_),
-            "worker_index": str(self._worker_index),
-            "vector_sha256": self._vector,
-        }
+    def _read(self, path: Path, described: dict[str, str]) -> Float64:
         if not path.exists():
-            raise CheckpointError(refusal(f"this worker's residual after round {round_}", "file", path, "missing"))
+            rule = f"this worker's residual after round {described['round']}"
+            raise CheckpointError(refusal(rule, "file", path, "missing"))
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata, residual = file.metadata() or {}, np.asarray(file.get_tensor(_TENSOR))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(refusal("a whole residual", "file", path, str(error))) from None
-        expected["residual_xxh3_128"] = _digest(residual)
-        for name, value in expected.items():
+        for name, value in {**described, "residual_xxh3_128": _digest(residual)}.items():
             if metadata.get(name) != value:
                 raise CheckpointError(refusal(f"{name}={value}", name, metadata.get(name), str(path)))
         return residual

@@ -25,10 +25,7 @@ from worker.replica import Replica
 from worker.trainer import Recorder, Trainer
 
 FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
-"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter.
-
-But for one case: how an all-reduce rounds depends on everything under `exchange.`.
-"""
+"""Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter, but see `_bound`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +73,9 @@ class Workplace:
         model = model_for(spec, dataset).to(device)
         example = dataset.train.images(torch.arange(2)).to(device)
         replica = Replica(model, spec.optimizer, backward_order(model, example), divide if team else None)
+        layout = plan_layout(replica.tensors, spec)
         if checkpoint:
-            _refuse_other_job(checkpoint, spec)
+            _refuse_other_job(checkpoint, spec, layout)
             refuse_other_data(checkpoint, dataset)
             replica.load_state(checkpoint.tensors)
         return cls(
@@ -85,7 +83,7 @@ class Workplace:
             dataset=dataset,
             device=device,
             replica=replica,
-            layout=plan_layout(replica.tensors, spec),
+            layout=layout,
             round=checkpoint.round if checkpoint else 0,
             team=team,
         )
@@ -174,13 +172,20 @@ def refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
         raise SpecError(refusal(f"data of the checkpoint ({checkpoint.data})", "data", ours, str(checkpoint.path)))
 
 
-def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec) -> None:
+def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec, layout: Layout) -> None:
     """A run that goes on keeps its job, but for what does not touch the parameters."""
-    reduces = any(
-        each.exchange.topology is Topology.COLLECTIVE and each.codec.name is CodecName.NONE
-        for each in (checkpoint.spec, spec)
-    )
+    bound = _bound(checkpoint.spec, spec, layout)
     for key, theirs, ours in differences(checkpoint.spec, spec):
-        if not key.startswith(FREE_ON_RESUME) or (reduces and key.startswith("exchange.")):
+        if key in bound or not key.startswith(FREE_ON_RESUME):
             rule = f"{key}={theirs} as in {checkpoint.path}"
             raise CheckpointError(refusal(rule, key, ours, "a resumed run keeps its job"))
+
+
+def _bound(before: JobSpec, now: JobSpec, layout: Layout) -> frozenset[str]:
+    """The keys of `FREE_ON_RESUME` that touch the parameters all the same, between these two jobs."""
+    bound: set[str] = set()
+    if any(job.exchange.topology is Topology.COLLECTIVE and job.codec.name is CodecName.NONE for job in (before, now)):
+        bound |= {"exchange.topology", "exchange.bucket_bytes"}  # an all-reduce adds each bucket in an order of its own
+    if not layout.dealt and before.shards != now.shards:
+        bound |= {"servers", "exchange.topology"}  # the averages' scales span a shard
+    return frozenset(bound)

@@ -20,8 +20,9 @@ import pytest
 
 from common.errors import CheckpointError, CodecError, DatpsError, MismatchError, PeerLostError
 from common.events import Emitter
-from tests.local.support import CPU, SMALL, dataset_of
+from tests.local.support import CPU, SMALL, dataset_of, train
 from tests.processes.test_processes import alive, datps, descendants, read_until
+from tests.processes.test_worker_in_thread import work
 from tests.support import DEADLINE_S, job, running_server
 from worker.checkpoint import find_checkpoint, load_checkpoint
 from worker.daemon import WorkerOptions, run
@@ -128,6 +129,25 @@ def test_the_cause_of_an_error_is_a_process_that_failed_itself_else_what_servers
     assert LocalProcesses(("cpu",)).cause(peer) is peer
 
 
+def test_a_process_that_has_only_lost_the_others_is_told_of_and_not_waited_for() -> None:
+    class Waiting(LocalTeam):
+        def __init__(self) -> None:
+            self.aborted = threading.Event()
+
+        def abort(self) -> None:
+            self.aborted.set()
+
+    heard: list[tuple[str, bool]] = []
+    with processes(f"say(event='error', text='lost', exit_code=75, about='group'); {UNTIL_CLOSED}") as local:
+        local._team = team = Waiting()
+        local.watch(lambda text, retry: heard.append((text, retry)))
+        assert team.aborted.wait(WAIT_S)
+        cause = local.cause(PeerLostError(heard[0][0]))
+    assert heard == [("local process 1 of 2 (cpu): lost", True)]
+    assert isinstance(cause, LocalProcessError)
+    assert (str(cause), cause.exit_code) == (heard[0][0], 75)
+
+
 def test_processes_that_end_well_are_waited_for_and_one_that_does_not_is_named() -> None:
     with processes("say(event='ended')", 3) as local:
         local.finish(WAIT_S)
@@ -188,8 +208,21 @@ def test_a_local_process_that_is_killed_ends_its_worker_with_75_naming_it() -> N
 
 
 @pytest.mark.processes
+def test_real_processes_with_a_shard_of_their_own_train_as_threads_with_a_server_do() -> None:
+    settings = ("workers=1", *SMALL, "data.batch_per_worker=512", "schedule.epochs=1", *LONG[-3:])
+    ((reference, _),) = train(job(*settings), [2], 2)
+    with running_server(job(*settings, "exchange.topology=colocated")) as server:
+        shard = (sys.executable, "-m", "deploy.cli", "shard")
+        code, events = work(server.address, devices="cpu:2", threads=1, shard_command=shard)
+    digests = [event["parameter_digest"] for event in events if event["event"] == "round"]
+    assert (code, digests) == (0, [report.parameter_digest for report in reference.recording.reports])
+    assert len(set(digests)) == 2
+
+
+@pytest.mark.processes
 def test_sigterm_finishes_the_round_saves_the_whole_state_and_leaves_no_process_behind(tmp_path: Path) -> None:
     flags = ("--json", "--worker-id", "worker-0", "--threads", "1", "--devices", "cpu:2", "--out", str(tmp_path))
+    flags += ("--trace", str(tmp_path / "traces" / "worker-0.json"))
     with (
         running_server(job(*LONG, "workers=1")) as server,
         datps("worker", "--server", server.address, *flags) as worker,
@@ -208,6 +241,12 @@ def test_sigterm_finishes_the_round_saves_the_whole_state_and_leaves_no_process_
     assert sum(tensor.numel() for tensor in moments.values()) == 2358
     assert all(tensor.any() for tensor in moments.values())  # also those of the other process's slice
     assert int(checkpoint.tensors["optimizer.t"]) == checkpoint.round > 0
+    traces = [json.loads(path.read_text())["traceEvents"] for path in sorted((tmp_path / "traces").iterdir())]
+    names = [next(event["args"]["name"] for event in events if event["name"] == "process_name") for events in traces]
+    assert names == ["worker-0", "worker-0 local process 1 of 2 (cpu)"]
+    first, second = ({e["args"]["bucket"] for e in events if e["name"] == "encode"} for events in traces)
+    assert first.isdisjoint(second)
+    assert sorted(first | second) == list(range(len(first) + len(second)))
 
 
 @pytest.mark.processes

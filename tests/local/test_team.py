@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +15,10 @@ import torch
 
 from common.errors import SpecError
 from common.layout import BucketKind, plan_layout
-from tests.local.support import CPU, join_store, together, with_groups
+from tests.local.support import CPU, WAIT_S, join_store, together, with_groups
 from tests.support import TENSORS, job
 from worker.exchange.base import Traffic
+from worker.local import group as group_module
 from worker.local.devices import describe, parse_devices
 from worker.local.group import GroupBrokenError, LocalGroup, Store
 from worker.local.team import LocalTeam, slice_edges
@@ -124,11 +129,10 @@ def test_the_gradient_is_the_mean_over_the_batch_added_in_the_order_of_the_proce
         return own[team.own]
 
     average = torch.cat(run(work))
-    weights = [2 * 3 / 8, 3 * 3 / 8, 3 * 3 / 8]
-    expected = gradients[0] * weights[0]
-    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        expected.add_(gradient, alpha=weight)
-    assert torch.equal(average, expected / 3)
+    weights = [np.float32(part * 3 / 8) for part in (2, 3, 3)]
+    rows = [gradient.numpy() * weight for gradient, weight in zip(gradients, weights, strict=True)]
+    expected = ((rows[0] + rows[1]) + rows[2]) / np.float32(3)  # every operation rounds: none is fused with another
+    assert np.array_equal(average.numpy(), expected)
     exact = sum(g.double() * n for g, n in zip(gradients, (2, 3, 3), strict=True)) / 8
     assert torch.allclose(average.double(), exact, rtol=1e-5, atol=1e-7)
 
@@ -189,3 +193,65 @@ def test_a_process_that_goes_away_breaks_the_group_of_the_others() -> None:
 
     text, _ = with_groups(2, work)
     assert "\n" not in text
+
+
+def test_a_process_that_is_told_to_give_up_does_not_wait_for_one_that_will_not_call() -> None:
+    handed: queue.SimpleQueue[LocalGroup] = queue.SimpleQueue()
+    given_up = threading.Event()
+
+    def work(group: LocalGroup, rank: int) -> LocalGroup:
+        if rank == 1:
+            handed.get(timeout=WAIT_S).abort()
+            assert given_up.wait(WAIT_S)
+            return group
+        handed.put(group)
+        with pytest.raises(GroupBrokenError, match="lost while gathering: another one has failed"):
+            group.gather(torch.zeros(1), (0, 0, 1))
+        given_up.set()
+        return group
+
+    groups = with_groups(2, work)
+    groups.pop()  # rank 1's first: the call that rank 0 has left behind ends with it, and only then can rank 0's end
+    groups.pop()
+
+
+def test_processes_that_do_not_come_are_not_waited_for_as_long_as_a_round_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group_module, "MEETING_S", 0.2)
+    store, started_s = Store(), time.monotonic()
+    with pytest.raises(GroupBrokenError, match="the others did not come"):
+        LocalGroup(store.store, 0, 2, CPU, WAIT_S)
+    assert time.monotonic() - started_s < WAIT_S / 4
+
+
+def gather(group: LocalGroup) -> None:
+    group.gather(torch.zeros(2), (0, 1, 2))
+
+
+def add(group: LocalGroup) -> None:
+    group.add_slices(torch.zeros(2), (0, 1, 2), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(("call", "what"), [(gather, "gathering"), (add, "adding gradients")])
+def test_a_process_that_is_too_late_for_a_call_breaks_the_group_in_the_time_that_it_was_given(
+    call: Callable[[LocalGroup], None], what: str
+) -> None:
+    store, over = Store(), threading.Event()
+
+    def late() -> None:
+        group = LocalGroup(join_store(store.port), 1, 2, CPU, 0.3)
+        over.wait(WAIT_S)
+        del group
+
+    def waits() -> None:
+        group = LocalGroup(store.store, 0, 2, CPU, 0.3)
+        try:
+            with pytest.raises(GroupBrokenError, match=f"lost while {what}: "):
+                call(group)
+        finally:
+            over.set()
+
+    started_s = time.monotonic()
+    together([waits, late])
+    assert time.monotonic() - started_s < WAIT_S / 4

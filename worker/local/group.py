@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -73,13 +74,14 @@ class LocalGroup:
             local_rank: of this process.
             size: q.
             device: where this process's vectors are, besides those on the host.
-            timeout_s: how long the others may take for a call.
+            timeout_s: how long the others may take for a call; all must have come within `MEETING_S`.
 
         Raises:
             GroupBrokenError: not all of them come.
         """
         self._local_rank = local_rank
         self._size = size
+        self._aborted = threading.Event()
         with _telling("the others did not come"):
             self._host = _gloo(store, local_rank, size, timeout_s)
             self._cuda = _nccl(store, local_rank, size, timeout_s) if device.type == "cuda" else None
@@ -98,12 +100,18 @@ class LocalGroup:
                 if start < stop
             ]
             for work in works:
-                _wait(work, vector)
+                self._wait(work, vector)
 
     def add_slices(self, vector: Tensor, edges: Sequence[int], weights: Sequence[float]) -> Tensor:
         """This process's slice of the sum of all processes' vectors, each times its weight: new memory.
 
-        The sum begins with process 0's and adds the others' in order.
+        The sum begins with process 0's and adds the others' in order. Products and sums are rounded each on its own: a
+        fused operation rounds once, and whether one is used may depend on where in the slice an element lies.
+
+        Args:
+            vector: float32, contiguous, of the length of all slices; left as it was.
+            edges: q + 1 cuts of the vector.
+            weights: of each process's vector.
 
         Raises:
             GroupBrokenError: another process is gone, or too slow.
@@ -112,28 +120,36 @@ class LocalGroup:
         n = lengths[self._local_rank]
         received = vector.new_empty(self._size * n)
         with _telling("lost while adding gradients"):
-            _wait(self._of(vector).alltoall_base(received, vector, [n] * self._size, lengths), vector)
+            self._wait(self._of(vector).alltoall_base(received, vector, [n] * self._size, lengths), vector)
         rows = received.view(self._size, n)
-        total = rows[0].mul_(weights[0])
-        for row, weight in zip(rows[1:], weights[1:], strict=True):
-            total.add_(row, alpha=weight)
+        for row, weight in zip(rows, weights, strict=True):
+            if weight != 1.0:
+                row.mul_(weight)
+        total = rows[0]
+        for row in rows[1:]:
+            total.add_(row)
         return total
 
     def abort(self) -> None:
-        """Frees a process that waits for another one that is gone; gloo sees that for itself. From any thread."""
+        """Ends this process's waiting: another one will never come. From any thread.
+
+        Gloo sees for itself that a process is gone, but not that one that is still there will not call any more.
+        """
+        self._aborted.set()
         if self._cuda is not None:
             self._cuda.abort()
 
     def _of(self, vector: Tensor) -> Any:
         return self._host if vector.device.type == "cpu" else self._cuda
 
-
-def _wait(work: Any, vector: Tensor) -> None:
-    """Waits for a collective; on the host so that signals are handled meanwhile."""
-    while vector.device.type == "cpu" and not work.is_completed():
-        with suppress(RuntimeError):  # its own, which comes again, or that it takes longer
-            work.wait(timedelta(seconds=LOOK_S))
-    work.wait()
+    def _wait(self, work: Any, vector: Tensor) -> None:
+        """Waits for a collective; on the host so that signals and `abort` are heard meanwhile."""
+        while vector.device.type == "cpu" and not work.is_completed():
+            if self._aborted.is_set():
+                raise RuntimeError("another one has failed")
+            with suppress(RuntimeError):  # its own, which comes again, or that it takes longer
+                work.wait(timedelta(seconds=LOOK_S))
+        work.wait()
 
 
 # Groups of their own rather than torch's default one, of which a process has only one: the exchange may want it.
@@ -143,8 +159,10 @@ def _gloo(store: dist.Store, local_rank: int, size: int, timeout_s: float) -> An
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=LOOPBACK)]
-    options._timeout = timedelta(seconds=timeout_s)
-    return gloo(dist.PrefixStore("gloo", store), local_rank, size, options)
+    options._timeout = timedelta(seconds=MEETING_S)
+    group = gloo(dist.PrefixStore("gloo", store), local_rank, size, options)
+    group._set_default_timeout(timedelta(seconds=timeout_s))
+    return group
 
 
 def _nccl(store: dist.Store, local_rank: int, size: int, timeout_s: float) -> Any:

@@ -20,14 +20,16 @@ from common.errors import EXIT_RETRY, DatpsError, MismatchError, PeerLostError
 from common.events import Emitter
 from common.memory import keep_freed_memory
 from common.spec_sources import job_spec_from_json
+from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import load_checkpoint
 from worker.datasets import load_dataset
 from worker.evaluation import Evaluation
 from worker.exchange.coordination import Admission, End
 from worker.exchange.ps import ParameterServerExchange
+from worker.local.devices import describe
 from worker.local.group import GroupBrokenError, join_store
-from worker.local.processes import About, Order, built
+from worker.local.processes import About, Order, built, trace_beside
 from worker.local.team import LocalTeam
 from worker.trainer import RoundReport
 from worker.workplace import Workplace, open_device
@@ -68,7 +70,7 @@ def build(order: Order) -> Workplace:
     return Workplace.build(spec, dataset, device, checkpoint, team)
 
 
-def take_part(workplace: Workplace, admission: Admission, emit: Emitter, *, saves: bool, connect_s: float) -> None:
+def take_part(workplace: Workplace, admission: Admission, order: Order, emit: Emitter) -> None:
     """All rounds, until the training is complete or process 0 stops.
 
     Raises:
@@ -76,17 +78,21 @@ def take_part(workplace: Workplace, admission: Admission, emit: Emitter, *, save
     """
     team = workplace.team
     assert team is not None
+    worker_id = admission.worker_ids[admission.worker_index]
+    timeline = Timeline(f"{worker_id} {describe(order.devices, order.local_rank)}", on=order.trace is not None)
     exchange = ParameterServerExchange(
         layout=workplace.layout,
         spec=workplace.spec,
         admission=admission,
         first_round=workplace.round,
         emit=emit,
+        timeline=timeline,
         carried=team.carried(workplace.layout),
-        connect_s=connect_s,
+        connect_s=order.connect_s,
     )
     try:
-        complete = workplace.trainer(exchange, admission, Silent(workplace, saves=saves)).run()
+        recorder = Silent(workplace, saves=order.saves)
+        complete = workplace.trainer(exchange, admission, recorder, timeline=timeline).run()
         workplace.replica.replica_digest()  # process 0 says it when it leaves
         end = End(ending=wire.ENDING_COMPLETED if complete else wire.ENDING_STOPPED)
     except GroupBrokenError as error:
@@ -99,6 +105,8 @@ def take_part(workplace: Workplace, admission: Admission, emit: Emitter, *, save
         exchange.close(_named(End.after(error), team))
         raise
     exchange.close(end)
+    if order.trace:
+        timeline.write(trace_beside(order.trace, order.local_rank))
 
 
 def main() -> int:
@@ -115,7 +123,7 @@ def main() -> int:
         workplace.team.meet(join_store(order.store_port), workplace.device)
         workplace.replica.replica_digest()  # process 0 says it when it is ready
         admission = Admission(**words.get()["admission"])
-        take_part(workplace, admission, emit, saves=order.saves, connect_s=order.connect_s)
+        take_part(workplace, admission, order, emit)
     except DatpsError as error:
         _tell(emit, error)
         return error.exit_code

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_RETRY, DatpsError, MismatchError, PeerLostError, refusal
@@ -62,6 +63,7 @@ class Order:
         checkpoint: folder to load the state from.
         saves: whether process 0 saves checkpoints.
         connect_s: how long to wait for a server to answer.
+        trace: file that process 0 writes its timeline to, if it does; the others' lie beside it (`trace_beside`).
         local_rank: filled in for each.
         store_port: of the store where they meet; filled in.
     """
@@ -73,8 +75,14 @@ class Order:
     checkpoint: str | None
     saves: bool
     connect_s: float
+    trace: str | None = None
     local_rank: int = 0
     store_port: int = 0
+
+
+def trace_beside(trace: str, local_rank: int) -> Path:
+    """`worker-0.local-1.json` beside `worker-0.json`."""
+    return Path(trace).with_suffix(f".local-{local_rank}.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +233,11 @@ class LocalProcesses:
             process.say({"admission": dataclasses.asdict(admission)})
 
     def watch(self, failed: Callable[[str, bool], None]) -> None:
-        """From now on calls `failed(text, retry)` when one of them fails, but for those that only tell of another."""
+        """From now on calls `failed(text, retry)` when one of them fails, and ends this process's waiting for them.
+
+        Also when one tells of nothing but having lost another: it waits for its end then, and we would wait for it. Who
+        was the cause, `cause` finds out.
+        """
 
         def look() -> None:
             while True:
@@ -255,7 +267,10 @@ class LocalProcesses:
         self._wait_for(lambda process: process.ended, deadline_s, "has not ended")
 
     def cause(self, error: DatpsError) -> DatpsError:
-        """The error that is behind an error of this process: a local process's own, or what servers told it."""
+        """The error that is behind an error of this process: a local process's own, or what servers told it.
+
+        Where none says more than that it has lost the others, that is it, if `watch` is how this process heard of it.
+        """
         if not self._processes or not isinstance(error, (PeerLostError, MismatchError, GroupBrokenError)):
             return error
         with self._changed:
@@ -263,11 +278,12 @@ class LocalProcesses:
                 lambda: self._failures(About.OWN) or all(p.failure or p.ended for p in self._processes),
                 timeout=_EXPLANATION_S,
             )
-            own, peers = self._failures(About.OWN), self._failures(About.PEERS)
-        if own:
-            failure = own[0].failure
+            own, peers, group = (self._failures(about) for about in (About.OWN, About.PEERS, About.GROUP))
+        heard_of = own or (group if isinstance(error, PeerLostError) and not peers else [])
+        if heard_of:
+            failure = heard_of[0].failure
             assert failure is not None
-            return LocalProcessError(f"{own[0].name}: {failure.text}", failure.exit_code)
+            return LocalProcessError(f"{heard_of[0].name}: {failure.text}", failure.exit_code)
         if peers and isinstance(error, GroupBrokenError):
             failure = peers[0].failure
             assert failure is not None
@@ -285,7 +301,7 @@ class LocalProcesses:
             self._watcher.join(_KILL_S)
 
     def _news(self) -> list[_Process]:
-        return [p for p in self._processes if p.failure and p.failure.about is not About.GROUP and not p.told]
+        return [process for process in self._processes if process.failure and not process.told]
 
     def _failures(self, about: About) -> list[_Process]:
         return [process for process in self._processes if process.failure and process.failure.about is about]
