@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from common.errors import SpecError, refusal
+from deploy.options import RESERVED, errors
 
 if TYPE_CHECKING:
     from bench.settings import Setting
@@ -141,9 +142,7 @@ def _run(
     repeats: int,
     trace: Path | None,
 ) -> None:
-    from deploy import cli  # which imports us
-
-    with cli._errors(as_json, "bench"):
+    with errors(as_json, "bench"):
         from bench.exchange import run_exchange
         from bench.measure import Orders
         from bench.network import run_network
@@ -159,7 +158,7 @@ def _run(
             elements=elements_of(orders["elements"]),
             settings=settings or [],
             environment=os.environ,
-            reserved=cli.RESERVED,
+            reserved=RESERVED,
         )
         run = run_exchange if rates is None else run_network
         result = run(planned, Orders(workers=workers, **orders), repeats, _say, trace)
@@ -184,9 +183,7 @@ def overlap(
     as_json: JsonOption = False,
 ) -> None:
     """How much of the exchange is hidden behind backward: each alone and both at once, in turn, in one run."""
-    from deploy import cli  # which imports us
-
-    with cli._errors(as_json, "bench"):
+    with errors(as_json, "bench"):
         from bench.overlap import OverlapPlan, print_overlap, run_overlap
 
         setting = _one_setting(workers, topology, codec, rate, [f"model.name={model}", *(settings or [])])
@@ -211,9 +208,7 @@ def throughput(
     as_json: JsonOption = False,
 ) -> None:
     """Training throughput of one worker (codec none, real server, loopback) over that of a plain PyTorch loop."""
-    from deploy import cli  # which imports us
-
-    with cli._errors(as_json, "bench"):
+    with errors(as_json, "bench"):
         from bench.throughput import ThroughputPlan, print_throughput, run_throughput
         from deploy.cluster import threads_per_worker
 
@@ -247,9 +242,7 @@ def codec_(
     as_json: JsonOption = False,
 ) -> None:
     """All codecs in one table: bytes, error on synthetic and real gradients, bias, and speed beside a copy."""
-    from deploy import cli  # which imports us
-
-    with cli._errors(as_json, "bench"):
+    with errors(as_json, "bench"):
         from bench.codecs import VARIANTS, CodecPlan, print_codecs, run_codecs
         from bench.tensors import elements_of
 
@@ -291,9 +284,7 @@ def predict_(
     as_json: JsonOption = False,
 ) -> None:
     """Predict a round for 2 to 1,024 workers from measured rates, and check the model against measurements."""
-    from deploy import cli  # which imports us
-
-    with cli._errors(as_json, "bench"):
+    with errors(as_json, "bench"):
         from bench.predict import Question, print_predict, run_predict
         from bench.settings import parse_rate
         from bench.tensors import elements_of
@@ -311,7 +302,6 @@ def predict_(
 def _one_setting(workers: int, topology: str, codec: str, rate: str, settings: list[str]) -> Setting:
     from bench.settings import parse_rate, parse_topology, plan_settings
     from bench.tensors import elements_of
-    from deploy import cli
 
     (setting,) = plan_settings(
         topologies=[parse_topology(topology, workers)],
@@ -321,7 +311,7 @@ def _one_setting(workers: int, topology: str, codec: str, rate: str, settings: l
         elements=elements_of(None),
         settings=settings,
         environment=os.environ,
-        reserved=cli.RESERVED,
+        reserved=RESERVED,
     )
     return setting
 

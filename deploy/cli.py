@@ -10,8 +10,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,23 +21,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.config import JobSpec
-from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, DatpsError, SpecError, refusal
+from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED
 from common.events import Emitter
 from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
+from deploy.evaluation_cli import evaluate
 from deploy.flags import devices_of, given
 from deploy.grpc_tuning import tune_grpc
-
-_FLAGS = (
-    *("baseline", "connect_s", "data", "device", "devices", "download", "host", "job", "json", "out", "port", "recipe"),
-    *("resume", "server", "shard", "shard_addresses", "state", "threads", "trace", "worker_id"),
+from deploy.options import (
+    RESERVED,
+    DataOption,
+    DeviceOption,
+    DevicesOption,
+    DownloadOption,
+    HostOption,
+    JobOption,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    StateOption,
+    ThreadsOption,
+    TraceFileOption,
+    WorkerOutOption,
+    errors,
+    job_spec_of,
+    variable,
 )
-RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
-"""Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
-the same).
-"""
 
 app = typer.Typer(
     name="datps",
@@ -51,74 +59,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The recipes that come with the package.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
-
-
-def _variable(flag: str) -> str:
-    assert flag in _FLAGS
-    return f"{ENVIRONMENT_PREFIX}{flag.upper()}"
-
-
-JobOption = Annotated[
-    Path | None, typer.Option("--job", envvar=_variable("job"), help="Job spec, a YAML file.", show_default=False)
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        envvar=_variable("recipe"),
-        help=f"Recipe by name; {recipes.DEFAULT} if neither --job nor --recipe is given.",
-        show_default=False,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A key of the job spec, e.g. codec.bits=4; may be repeated."),
-]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", envvar=_variable("data"), help="Data folder.", show_default=False)
-]
-DownloadOption = Annotated[
-    bool, typer.Option("--download", envvar=_variable("download"), help="Fetch the data set if it is missing.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", envvar=_variable("device"), help="cpu, cuda, cuda:1, ...")]
-DevicesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--devices",
-        envvar=_variable("devices"),
-        metavar="cuda:0,cuda:1|cpu:N",
-        help="Several devices of one worker, one process each, instead of --device.",
-        show_default=False,
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", envvar=_variable("threads"), min=1, help="CPU threads; torch's choice if absent."),
-]
-HostOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar=_variable("host"),
-        help="Address of this node, where others reach its shard (colocated) or store (collective); "
-        "found out if absent.",
-        show_default=False,
-    ),
-]
-TraceFileOption = Annotated[
-    Path | None,
-    typer.Option("--trace", envvar=_variable("trace"), help="File for a timeline (Chrome trace)", show_default=False),
-]
-WorkerOutOption = Annotated[
-    Path | None,
-    typer.Option("--out", envvar=_variable("out"), help="Run folder to write to; nothing is written if absent."),
-]
-StateOption = Annotated[
-    Path | None,
-    typer.Option("--state", envvar=_variable("state"), help="Folder for the residuals of biased codecs."),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", envvar=_variable("json"), help="Machine-readable output on standard output.")
-]
+app.command()(evaluate)
 
 
 def _show_version(wanted: bool) -> None:
@@ -143,16 +84,16 @@ def server(
     recipe: RecipeOption = None,
     settings: SetOption = None,
     shard: Annotated[
-        int, typer.Option(envvar=_variable("shard"), min=0, help="Which shard it aggregates; 0 admits the workers.")
+        int, typer.Option(envvar=variable("shard"), min=0, help="Which shard it aggregates; 0 admits the workers.")
     ] = 0,
-    host: Annotated[str, typer.Option(envvar=_variable("host"), help="Address to listen on.")] = "0.0.0.0",
+    host: Annotated[str, typer.Option(envvar=variable("host"), help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[
-        int, typer.Option(envvar=_variable("port"), min=0, max=65535, help="Port to listen on; 0 is any free one.")
+        int, typer.Option(envvar=variable("port"), min=0, max=65535, help="Port to listen on; 0 is any free one.")
     ] = 50051,
     shard_addresses: Annotated[
         str,
         typer.Option(
-            envvar=_variable("shard_addresses"),
+            envvar=variable("shard_addresses"),
             metavar="HOST:PORT,...",
             help="Where workers reach the shards, in order; shard 0 needs it if there are several servers.",
         ),
@@ -161,10 +102,10 @@ def server(
     as_json: JsonOption = False,
 ) -> None:
     """Run one server: it averages the workers' gradients for its shard."""
-    with _errors(as_json, f"server-{shard}"):
+    with errors(as_json, f"server-{shard}"):
         from ps.daemon import ServerOptions, run
 
-        spec, _ = _job_spec(context, job, recipe, settings)
+        spec, _ = job_spec_of(context, job, recipe, settings)
         options = ServerOptions(
             spec=spec,
             shard=shard,
@@ -180,7 +121,7 @@ def server(
 @app.command(hidden=True)
 def shard() -> None:
     """Serve one shard for the worker that starts this process, which speaks to it on its standard input."""
-    with _errors(True, "shard"):
+    with errors(True, "shard"):
         from ps.daemon import run_shard
 
         code = run_shard(sys.stdin, Emitter("shard", as_json=True))
@@ -191,11 +132,11 @@ def shard() -> None:
 def worker(
     context: typer.Context,
     server: Annotated[
-        str, typer.Option(envvar=_variable("server"), metavar="HOST:PORT", help="Address of the server of shard 0.")
+        str, typer.Option(envvar=variable("server"), metavar="HOST:PORT", help="Address of the server of shard 0.")
     ],
     worker_id: Annotated[
         str,
-        typer.Option(envvar=_variable("worker_id"), help="Stable name.", default_factory=lambda: default_worker_id()),
+        typer.Option(envvar=variable("worker_id"), help="Stable name.", default_factory=lambda: default_worker_id()),
     ],
     job_id: Annotated[
         str | None,
@@ -206,7 +147,7 @@ def worker(
         ),
     ] = None,
     connect_s: Annotated[
-        float, typer.Option(envvar=_variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
+        float, typer.Option(envvar=variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
     ] = 60.0,
     host: HostOption = None,
     data: DataOption = None,
@@ -216,14 +157,14 @@ def worker(
     threads: ThreadsOption = None,
     out: WorkerOutOption = None,
     resume: Annotated[
-        Path | None, typer.Option(envvar=_variable("resume"), help="Run folder or checkpoint to go on from.")
+        Path | None, typer.Option(envvar=variable("resume"), help="Run folder or checkpoint to go on from.")
     ] = None,
     state: StateOption = None,
     trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one worker: it attacks its images and learns from them. The server knows the job."""
-    with _errors(as_json, worker_id):
+    with errors(as_json, worker_id):
         from worker.daemon import WorkerOptions, run
 
         devices = devices_of(context, devices)
@@ -256,17 +197,17 @@ def train(
     settings: SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(envvar=_variable("out"), help="Run folder, new or empty; runs/<recipe>-<time> if absent."),
+        typer.Option(envvar=variable("out"), help="Run folder, new or empty; runs/<recipe>-<time> if absent."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(envvar=_variable("resume"), help="Run folder to go on with, as its job.yaml says.")
+        Path | None, typer.Option(envvar=variable("resume"), help="Run folder to go on with, as its job.yaml says.")
     ] = None,
     data: DataOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
     devices: DevicesOption = None,
     baseline: Annotated[
-        bool, typer.Option(envvar=_variable("baseline"), help="Afterwards train without attacks, to compare.")
+        bool, typer.Option(envvar=variable("baseline"), help="Afterwards train without attacks, to compare.")
     ] = True,
     trace: Annotated[
         bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
@@ -277,7 +218,7 @@ def train(
 
     With data.split=own worker-0 reads DATA/worker-0, and so on.
     """
-    with _errors(as_json, "train"):
+    with errors(as_json, "train"):
         from deploy.train import TrainOptions, job_to_resume
 
         devices = devices_of(context, devices)
@@ -286,7 +227,7 @@ def train(
             spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
         else:
             resume = None
-            spec, title = _job_spec(context, job, recipe, settings)
+            spec, title = job_spec_of(context, job, recipe, settings)
             folder = runs.new_run_folder(title, out, datetime.now())
             runs.point_latest_to(folder)
         options = TrainOptions(
@@ -303,34 +244,6 @@ def train(
         )
         code = _train(options, as_json)
     raise typer.Exit(code)
-
-
-@app.command()
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder.")],
-    settings: SetOption = None,
-    data: DataOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Clean and robust accuracy of a checkpoint on its job's test data, e.g. --set evaluation.attack.steps=50."""
-    with _errors(as_json, "evaluate"):
-        from worker.daemon import evaluate_checkpoint
-
-        result = evaluate_checkpoint(
-            checkpoint,
-            settings=settings or [],
-            data=data,
-            device=device,
-            threads=threads,
-            environment=os.environ,
-            reserved=RESERVED,
-        )
-        if as_json:
-            typer.echo(json.dumps(result))
-        else:
-            _print_pairs(result)
 
 
 @recipes_app.callback()
@@ -353,7 +266,7 @@ def _list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
 @recipes_app.command("show")
 def _show_recipe(name: str, as_json: JsonOption = False) -> None:
     """One recipe: its YAML, or with --json the job spec with all defaults filled in."""
-    with _errors(as_json, "recipes"):
+    with errors(as_json, "recipes"):
         found = recipes.recipe(name)
         spec = load_job_spec(yaml_text=found.text, yaml_name=found.name)
         if as_json:
@@ -373,25 +286,6 @@ def main() -> None:
     """Entry point of the console script, and of the daemons that it starts."""
     tune_grpc()
     app()
-
-
-def _job_spec(
-    context: typer.Context, job: Path | None, recipe_name: str | None, settings: list[str] | None
-) -> tuple[JobSpec, str]:
-    """The job spec with its title; `--job` and `--recipe` exclude each other."""
-    if job is not None and given(context, "job", over=("recipe",)):
-        try:
-            text = job.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(refusal("a YAML file that can be read", "job", job, str(error))) from None
-        name, title = str(job), job.stem
-    else:
-        recipe = recipes.recipe(recipe_name or recipes.DEFAULT)
-        text, name, title = recipe.text, recipe.name, recipe.name
-    spec = load_job_spec(
-        yaml_text=text, yaml_name=name, environment=os.environ, settings=settings or [], reserved=RESERVED
-    )
-    return spec, title
 
 
 def _train(options: Any, as_json: bool) -> int:
@@ -414,31 +308,6 @@ def _train(options: Any, as_json: bool) -> int:
     if not as_json:
         typer.echo(text if stopped else f"error: {text}", err=True)
     return outcome.exit_code
-
-
-@contextmanager
-def _errors(as_json: bool, process: str) -> Iterator[None]:
-    """A user's mistake ends with words and its exit code, Ctrl-C with 130; neither with a traceback."""
-    try:
-        yield
-    except DatpsError as error:
-        if as_json:
-            Emitter(process, as_json=True)("error", text=str(error), exit_code=error.exit_code)
-        else:
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _print_pairs(result: dict[str, Any]) -> None:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for name, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
-        shown = f"{100 * value:.1f} %" if name.endswith("_accuracy") else str(value)
-        grid.add_row(Text(name.replace("_", " "), style="bright_black"), Text(shown))
-    Console().print(grid)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +13,6 @@ from common.config import WORKER_ID, WORKER_ID_RULE, JobSpec
 from common.errors import EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from common.memory import keep_freed_memory
-from common.spec_sources import load_job_spec
 from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
@@ -29,12 +26,10 @@ from worker.interruptions import AbortRelay, StopFlag, Stopped
 from worker.local.devices import parse_devices
 from worker.local.processes import LocalProcesses, Order
 from worker.local.team import LocalTeam, refuse_unfit
-from worker.models import build_model
-from worker.record import RunFolder, RunRecorder, accuracies, describe_data
-from worker.replica import load_model
+from worker.record import RunFolder, RunRecorder, describe_data
 from worker.residuals import Residuals
 from worker.trainer import Trainer
-from worker.workplace import Workplace, open_device, refuse_other_data
+from worker.workplace import Workplace, open_device
 
 KEEPALIVE_S = 10.0
 """Of the Join stream, which is open before the job spec is known."""
@@ -110,65 +105,6 @@ def run(options: WorkerOptions, emit: Emitter) -> int:
         except Stopped:
             emit("stopping", text="stopped outside of a round, nothing to save")
             return stop.exit_code or EXIT_TERMINATED
-
-
-def evaluate_checkpoint(
-    path: Path,
-    *,
-    settings: Sequence[str],
-    data: Path | None,
-    device: str,
-    threads: int | None,
-    environment: Mapping[str, str] | None = None,
-    reserved: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """TA and RA of a checkpoint, on its job's test data and with its evaluation attack unless settings say otherwise.
-
-    `settings`, `environment` and `reserved` are those of `load_job_spec`.
-
-    Raises:
-        SpecError: no checkpoint there, a bad setting or device, another model, or data that the model was not made for.
-        CheckpointError: the checkpoint is damaged.
-        DataError: the test data is missing.
-    """
-    checkpoint = load_checkpoint(find_checkpoint(path))
-    spec = load_job_spec(
-        yaml_text=checkpoint.spec.to_yaml(),
-        yaml_name=str(checkpoint.path),
-        environment=environment,
-        settings=settings,
-        reserved=reserved,
-    )
-    if spec.model != checkpoint.spec.model:
-        rule = f"the checkpoint's model ({checkpoint.spec.model.name}, width={checkpoint.spec.model.width})"
-        raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
-    target = open_device(device, threads)
-    dataset = load_dataset(spec.data, root=data)
-    refuse_other_data(checkpoint, dataset)
-    model = build_model(
-        spec.model,
-        in_channels=checkpoint.in_channels,
-        image_size=checkpoint.image_size,
-        classes=checkpoint.classes,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        seed=spec.seed,
-    )
-    load_model(model, checkpoint.tensors)
-    attack = spec.evaluation_attack
-    evaluation = evaluate(
-        model.to(target), dataset.test, attack, batch=spec.evaluation.batch, seed=spec.seed, device=target
-    )
-    return {
-        "checkpoint": str(checkpoint.path),
-        "round": checkpoint.round,
-        "rounds": checkpoint.rounds,
-        "model": spec.model.name.value,
-        "data": spec.data.name.value,
-        "samples": evaluation.samples,
-        **accuracies(evaluation),
-        "attack": attack.model_dump(mode="json"),
-    }
 
 
 def _work(options: WorkerOptions, emit: Emitter, stop: StopFlag) -> int:

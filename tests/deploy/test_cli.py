@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import deploy.train
 import ps.daemon
 import worker.daemon
+import worker.trained
 from common.config import JobSpec
 from common.errors import CheckpointError, PeerLostError
 from common.spec_sources import environment_name, spec_keys
@@ -266,19 +267,19 @@ def test_evaluate_tells_both_accuracies(monkeypatch: pytest.MonkeyPatch) -> None
     found = {"round": 150, "clean_accuracy": 0.981, "robust_accuracy": 0.75, "attack": {"steps": 50, "epsilon": None}}
     calls: list[tuple[Any, ...]] = []
 
-    def evaluate(path: Path, **options: Any) -> dict[str, Any]:
-        calls.append((path, options))
+    def evaluate(model: str, **options: Any) -> dict[str, Any]:
+        calls.append((model, options))
         return found
 
-    monkeypatch.setattr(worker.daemon, "evaluate_checkpoint", evaluate)
+    monkeypatch.setattr(worker.trained, "evaluate_model", evaluate)
 
     people = datps("evaluate", "runs/latest", "--set", "evaluation.attack.steps=50").stdout
     assert "98.1 %" in people
     assert "steps 50" in people
     assert json.loads(datps("evaluate", "runs/latest", "--json").stdout) == found
-    path, options = calls[0]
+    model, options = calls[0]
     local = {"data": None, "device": "cpu", "threads": None}
-    assert (path, options["settings"]) == (Path("runs/latest"), ["evaluation.attack.steps=50"])
+    assert (model, options["settings"]) == ("runs/latest", ["evaluation.attack.steps=50"])
     assert local.items() <= options.items()
     assert options["environment"] is os.environ
     assert "DATPS_DATA" in options["reserved"]

@@ -18,9 +18,10 @@ from common.errors import CheckpointError, SpecError
 from common.events import Emitter
 from tests.support import DEADLINE_S, job, running_server
 from worker.checkpoint import find_checkpoint, load_checkpoint
-from worker.daemon import WorkerOptions, evaluate_checkpoint, run
+from worker.daemon import WorkerOptions, run
 from worker.models import build_model
 from worker.replica import load_model
+from worker.trained import evaluate_model
 
 TRAINING_S = 60.0
 FAST = ("attack.epsilon=0.2", "attack.steps=1", "attack.step_size=0.1", "evaluation.attack.steps=1")
@@ -67,7 +68,7 @@ def test_two_workers_with_folders_of_their_own_train_together(tmp_path: Path) ->
     result = json.loads((out / "result.json").read_text())
     assert result["rounds"] == (24 + 40) // 8
     assert result["samples"] == 24
-    report = evaluate_checkpoint(out, settings=[], data=roots[0], device="cpu", threads=None)
+    report = evaluate_model(str(out), data=roots[0])
     assert report["clean_accuracy"] == result["clean_accuracy"]
     assert report["robust_accuracy"] == result["robust_accuracy"]
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_is_not_evaluated_on_data_or_with_a_model_that_it_was_not_m
     trained: Path, tmp_path: Path
 ) -> None:
     def evaluated(*settings: str, data: Path | None = None) -> None:
-        evaluate_checkpoint(trained, settings=settings, data=data, device="cpu", threads=None)
+        evaluate_model(str(trained), settings=settings, data=data)
 
     with pytest.raises(SpecError, match=r"1x8x8 pixels, 10 classes.*got data=3x16x16 pixels, 2 classes"):
         evaluated("data.name=imagefolder", data=image_folder(tmp_path))

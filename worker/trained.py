@@ -1,0 +1,170 @@
+"""A trained model from wherever its user has it: a run folder, a checkpoint, or an attribute of a Python module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import JobSpec
+from common.errors import DatpsError, SpecError, refusal
+from common.spec_sources import load_job_spec
+from worker.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from worker.data import Dataset
+from worker.datasets import load_dataset
+from worker.evaluation import evaluate
+from worker.models import build_model
+from worker.record import accuracies
+from worker.replica import load_model
+from worker.workplace import open_device, refuse_other_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A model that is ready to be judged.
+
+    Attributes:
+        name: what the user called it; of a run folder, the checkpoint in it.
+        module: logits [N, K] of images [N, C, H, W] in [0, 1]; on `device`, in eval mode.
+        spec: the job it was trained in, with the user's settings on top; without a job, the settings alone.
+        dataset: of `spec.data`.
+        device: where the module is.
+        checkpoint: where it comes from one.
+    """
+
+    name: str
+    module: nn.Module
+    spec: JobSpec
+    dataset: Dataset
+    device: torch.device
+    checkpoint: Checkpoint | None
+
+
+def open_model(
+    model: str,
+    *,
+    settings: Sequence[str] = (),
+    data: Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    reserved: frozenset[str] = frozenset(),
+) -> TrainedModel:
+    """Opens a model and the data that it was made for.
+
+    Args:
+        model: a run folder (its newest checkpoint), a checkpoint, or `module:attribute`: an `nn.Module`, or a function
+            that makes one without arguments. The module is looked for in the working directory too.
+        data: data folder of the data set, if it needs one.
+        settings, environment, reserved: see `load_job_spec`; `module:attribute` has no other job than these.
+        device, threads: see `open_device`.
+
+    Raises:
+        SpecError: no such model, a bad setting or device, another model, or data that the model was not made for.
+        CheckpointError: the checkpoint is damaged.
+        DataError: the data is missing.
+    """
+    sources = {"environment": environment, "settings": settings, "reserved": reserved}
+    if _names_an_attribute(model):
+        spec = load_job_spec(**sources)  # type: ignore[arg-type]
+        module, checkpoint = _from_attribute(model), None
+    else:
+        checkpoint = load_checkpoint(find_checkpoint(Path(model)))
+        text, name = checkpoint.spec.to_yaml(), str(checkpoint.path)
+        spec = load_job_spec(yaml_text=text, yaml_name=name, **sources)  # type: ignore[arg-type]
+        _refuse_other_model(checkpoint, spec)
+        module = _from_checkpoint(checkpoint)
+    target = open_device(device, threads)
+    dataset = load_dataset(spec.data, root=data)
+    if checkpoint:
+        refuse_other_data(checkpoint, dataset)
+    return TrainedModel(
+        name=str(checkpoint.path) if checkpoint else model,
+        module=module.to(target).eval(),
+        spec=spec,
+        dataset=dataset,
+        device=target,
+        checkpoint=checkpoint,
+    )
+
+
+def evaluate_model(model: str, **options: Any) -> dict[str, Any]:
+    """TA and RA of a model, on its job's test data and with its evaluation attack unless settings say otherwise.
+
+    For arguments and errors see `open_model`.
+    """
+    opened = open_model(model, **options)
+    spec, attack = opened.spec, opened.spec.evaluation_attack
+    evaluation = evaluate(
+        opened.module,
+        opened.dataset.test,
+        attack,
+        batch=spec.evaluation.batch,
+        seed=spec.seed,
+        device=opened.device,
+    )
+    checkpoint = opened.checkpoint
+    return {
+        "model": opened.name,
+        **({"round": checkpoint.round, "rounds": checkpoint.rounds} if checkpoint else {}),
+        **({"architecture": spec.model.name.value} if checkpoint else {}),
+        "data": spec.data.name.value,
+        "samples": evaluation.samples,
+        **accuracies(evaluation),
+        "attack": attack.model_dump(mode="json"),
+    }
+
+
+def _names_an_attribute(model: str) -> bool:
+    """`package.module:attribute`, unless a path of that name exists."""
+    module, colon, attribute = model.partition(":")
+    names = [*module.split("."), *attribute.split(".")]
+    return bool(colon) and all(name.isidentifier() for name in names) and not Path(model).exists()
+
+
+def _from_attribute(model: str) -> nn.Module:
+    module_name, _, attribute = model.partition(":")
+    rule = "module:attribute, a torch module or a function that makes one"
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+        if not isinstance(found, nn.Module) and isinstance(found, Callable):  # type: ignore[arg-type]
+            found = found()
+    except DatpsError:
+        raise
+    except Exception as error:  # somebody else's module may raise anything
+        raise SpecError(refusal(rule, "model", model, f"{type(error).__name__}: {error}")) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(found, nn.Module):
+        raise SpecError(refusal(rule, "model", model, type(found).__name__))
+    return found
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
+    module = build_model(
+        checkpoint.spec.model,
+        in_channels=checkpoint.in_channels,
+        image_size=checkpoint.image_size,
+        classes=checkpoint.classes,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        seed=checkpoint.spec.seed,
+    )
+    load_model(module, checkpoint.tensors)
+    return module
+
+
+def _refuse_other_model(checkpoint: Checkpoint, spec: JobSpec) -> None:
+    theirs = checkpoint.spec.model
+    if spec.model != theirs:
+        rule = f"the checkpoint's model ({theirs.name}, width={theirs.width})"
+        raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
