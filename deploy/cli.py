@@ -26,6 +26,7 @@ from common.events import Emitter
 from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
+from deploy.certify_cli import certify
 from deploy.evaluation_cli import evaluate
 from deploy.flags import devices_of, given
 from deploy.grpc_tuning import tune_grpc
@@ -60,6 +61,7 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", invoke
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
+app.command()(certify)
 
 
 def _show_version(wanted: bool) -> None:

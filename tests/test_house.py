@@ -43,6 +43,7 @@ PURE_PATTERNS = (
     "worker/schedules.py",
     "worker/metrics.py",
     "worker/evaluation.py",
+    "worker/certification.py",
     "worker/randomness.py",
     "worker/data.py",
     "worker/optimizers/*.py",

@@ -20,6 +20,8 @@ class Purpose(StrEnum):
     AUGMENTATION = "augmentation"
     ATTACK = "attack"
     EVALUATION = "evaluation"
+    SELECTION_NOISE = "selection_noise"
+    ESTIMATION_NOISE = "estimation_noise"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -59,7 +59,7 @@ def test_help_and_version_need_no_torch() -> None:
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 0, ended.stderr
-    for command in ("server", "worker", "train", "evaluate", "recipes"):
+    for command in ("server", "worker", "train", "evaluate", "certify", "recipes"):
         assert command in ended.stdout
     assert datps("--version").stdout == "datps 0.1.0\n"
 
