@@ -46,7 +46,7 @@ SelectionOption = Annotated[int, typer.Option("--n0", help="Noisy copies that se
 EstimationOption = Annotated[int, typer.Option("--n", help="Noisy copies that estimate its probability.")]
 AlphaOption = Annotated[float, typer.Option(help="Probability that a sample's certificate is wrong.")]
 EveryOption = Annotated[
-    int, typer.Option(min=1, help="Certify every so many samples of the test set; 20 is usual, 1 certifies all.")
+    int, typer.Option(min=1, help="Certify one in so many samples of the test set, evenly spread; 1 certifies all.")
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Certify the first so many of these.", show_default=False)]
 RadiiOption = Annotated[str, typer.Option(metavar="R,R,...", help="l2 radii to tell the certified accuracy at.")]
