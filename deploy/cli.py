@@ -48,6 +48,7 @@ from deploy.options import (
     job_spec_of,
     variable,
 )
+from deploy.study_cli import study
 
 app = typer.Typer(
     name="datps",
@@ -60,6 +61,7 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", invoke
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
+app.command()(study)
 
 
 def _show_version(wanted: bool) -> None:
