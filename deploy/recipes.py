@@ -1,7 +1,7 @@
 """Recipes: named job specs that come with the package, one YAML file each in `recipes/`.
 
 A recipe is a job spec in YAML; its first line is a comment that describes it. `--set` works on top of it. A recipe
-whose second line is `# extends: NAME` holds only what differs from that one. Recipes are written one key a line, with the
+whose second line is `# extends: NAME` holds only what differs from it. Recipes are written one key a line, with the
 source of a value in a comment behind it, so that a whole recipe with all its sources is put together line by line.
 """
 
