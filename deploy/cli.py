@@ -48,6 +48,7 @@ from deploy.options import (
     job_spec_of,
     variable,
 )
+from deploy.report_cli import report
 from deploy.study_cli import study
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(study)
+app.command()(report)
 
 
 def _show_version(wanted: bool) -> None:
