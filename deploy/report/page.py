@@ -80,7 +80,7 @@ def runs_table(data: Sequence[RunData], names: Mapping[str, str]) -> Table:
         ]
         rows.append((cells, False))
     note = (
-        "C: waiting for averages, T: everything, seconds of worker 0 per epoch. Pushed, pulled: of one worker per round. "
+        "C: waiting for averages, T: all of it, seconds of worker 0 per epoch. Pushed, pulled: one worker, per round. "
         "A run without accuracies is not complete."
     )
     return Table(title="Runs", note=note, head=head, rows=rows)
@@ -90,8 +90,8 @@ def table_1(data: Sequence[RunData]) -> Table | None:
     """The paper's Table 1, with our runs of the same methods."""
     return _beside(
         "Table 1: methods",
-        "ImageNet, ResNet-50 in the paper; C and T are seconds per epoch. Ours are other data and models: compare rows of ours with "
-        "each other.",
+        "ImageNet, ResNet-50 in the paper; C and T are seconds per epoch. Where ours are other data and models, 
+        "compare rows of ours with each other.",
         paper.TABLE_1,
         data,
         lambda run: (method_of(run.spec), None),
