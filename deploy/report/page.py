@@ -90,7 +90,7 @@ def table_1(data: Sequence[RunData]) -> Table | None:
     """The paper's Table 1, with our runs of the same methods."""
     return _beside(
         "Table 1: methods",
-        "ImageNet, ResNet-50 in the paper; C and T are seconds per epoch. Where ours are other data and models, 
+        "ImageNet, ResNet-50 in the paper; C and T are seconds per epoch. Where ours are other data and models, "
         "compare rows of ours with each other.",
         paper.TABLE_1,
         data,
