@@ -30,7 +30,7 @@ def draw(paint: Callable[[Any], None], *, title: str, x: str, y: str) -> bytes:
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        axes.legend(handles, labels, fontsize=8)
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -17,9 +17,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; max-width: 72rem; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e3e6ec; }
-th { color: #5b6475; font-weight: 600; white-space: nowrap; }
-th:first-child, td:first-child, td.words, th.words { text-align: left; }
+th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e3e6ec; white-space: nowrap; }
+th { color: #5b6475; font-weight: 600; }
+.number { text-align: right; }
 tr.ours td { background: #f2f7ff; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 p.note { color: #5b6475; max-width: 48rem; }
@@ -171,13 +171,14 @@ def _beside(
 
 def _paper_cells(row: PaperRow) -> list[str]:
     numbers = (row.clean, row.robust, row.autoattack, row.communication_s, row.epoch_s, row.sent_mb)
-    return [row.method, f"paper: {row.setting}", *("" if each is None else f"{each:,.6g}" for each in numbers), ""]
+    shown = ["" if each is None else f"{each:,.{2 if index < 3 else 0}f}" for index, each in enumerate(numbers)]
+    return [row.method, f"paper: {row.setting}", *shown, ""]
 
 
 def _our_cells(method: str, words: str, group: Sequence[RunData]) -> list[str]:
-    def mean(name: str, factor: float = 1.0) -> str:
-        values = [factor * run.result[name] for run in group if run.result and name in run.result]
-        return f"{statistics.mean(values):,.4g}" if len(values) == len(group) else ""
+    def mean(name: str) -> str:
+        values = [100 * run.result[name] for run in group if run.result and name in run.result]
+        return f"{statistics.mean(values):.2f}" if len(values) == len(group) else ""
 
     def per_epoch(name: str) -> str:
         values = [run.seconds(name) / run.epochs for run in group if run.epochs]
@@ -189,20 +190,30 @@ def _our_cells(method: str, words: str, group: Sequence[RunData]) -> list[str]:
         if run.result and "pushed_bytes_per_round" in run.result
     ]
     return [
-        *(method, f"ours: {words}", mean("clean_accuracy", 100), mean("robust_accuracy", 100)),
-        *(mean("autoattack_accuracy", 100), per_epoch("communication_s"), per_epoch("round_s")),
+        *(method, f"ours: {words}", mean("clean_accuracy"), mean("robust_accuracy")),
+        *(mean("autoattack_accuracy"), per_epoch("communication_s"), per_epoch("round_s")),
         *(f"{statistics.mean(sent):,.4g}" if sent else "", str(len(group))),
     ]
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}" for cell in table.head)
+    numeric = [all(_is_number(cells[column]) for cells, _ in table.rows) for column in range(len(table.head))]
+    head = "".join(_cell("th", cell, number) for cell, number in zip(table.head, numeric, strict=True))
     rows = "\n".join(
-        f"<tr{' class=ours' if ours else ''}>" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
+        f"<tr{' class=ours' if ours else ''}>"
+        + "".join(_cell("td", cell, number) for cell, number in zip(cells, numeric, strict=True))
         for cells, ours in table.rows
     )
     section = f"<h2>{html.escape(table.title)}</h2><p class=note>{html.escape(table.note)}</p>"
     return f"{section}<div class=wide><table><tr>{head}\n{rows}</table></div>"
+
+
+def _cell(tag: str, text: str, number: bool) -> str:
+    return f"<{tag}{' class=number' if number else ''}>{html.escape(text)}"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell.replace(",", "").replace(".", "").replace("e-0", "").strip("0123456789")
 
 
 def _picture(picture: Picture) -> str:

@@ -90,7 +90,7 @@ def test_our_runs_stand_below_the_papers_row_of_their_kind_as_means_over_seeds(t
     assert rows[ours[0] - 1][:4] == ["DAT-PGD", "paper: 6 x 512", "63.75", "38.45"]
     # seconds per epoch: two rounds of 1/8 s and of 1 s
     assert rows[ours[0]] == [
-        *("DAT-PGD", "ours: digits, small_cnn, 6 x 64, randomized", "90", "72", "", "0.25", "2", "18", "2"),
+        *("DAT-PGD", "ours: digits, small_cnn, 6 x 64, randomized", "90.00", "72.00", "", "0.25", "2", "18", "2"),
     ]
 
 
