@@ -10,8 +10,8 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from common.errors import SpecError, refusal
 
 ENVIRONMENT_PREFIX = "DATPS_"
 _NESTED = "__"
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 def job_spec_from_json(text: str) -> JobSpec:
@@ -31,7 +32,7 @@ def job_spec_from_json(text: str) -> JobSpec:
         SpecError: the text is not a job spec.
     """
     try:
-        return _validated(json.loads(text), "job spec as JSON")
+        return validated(JobSpec, json.loads(text), "job spec as JSON")
     except (json.JSONDecodeError, RecursionError) as error:
         raise SpecError(refusal("a job spec as JSON", "text", text[:40], str(error))) from None
 
@@ -99,7 +100,7 @@ def load_job_spec(
         if not separator:
             raise SpecError(refusal("dotted.key=value", "setting", setting, "--set"))
         _place(merged, sources, known, key.strip(), _scalar(value, key, "--set"), "--set")
-    return _validated(merged, "job spec", sources)
+    return validated(JobSpec, merged, "job spec", sources)
 
 
 def _parse_yaml(text: str, name: str) -> list[tuple[str, Any]]:
@@ -148,15 +149,23 @@ def _refuse_unknown(kind: str, name: str, known: list[str], source: str) -> None
     raise SpecError(refusal(f"a known {kind}{hint}", kind, name, source))
 
 
-def _validated(merged: Mapping[str, Any], context: str, sources: Mapping[str, str] | None = None) -> JobSpec:
+def validated(
+    model: type[AnySection], content: Mapping[str, Any], context: str, sources: Mapping[str, str] | None = None
+) -> AnySection:
+    """A section from its keys and values; `sources`: where each dotted key comes from, if not all from `context`.
+
+    Raises:
+        SpecError: one line for each key that is unknown or breaks its rule.
+    """
     try:
-        return JobSpec.model_validate(merged)
+        return model.model_validate(content)
     except ValidationError as error:
-        lines = [_describe(details, context, sources or {}) for details in error.errors()]
+        known = [key for key, _, _ in spec_keys(model)]
+        lines = [_describe(details, context, sources or {}, known) for details in error.errors()]
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str]) -> str:
+def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str], known: Sequence[str]) -> str:
     """One refusal per pydantic error, in the project's form."""
     prefixes = list(itertools.accumulate((str(part) for part in details["loc"]), "{}.{}".format))
     key = prefixes[-1] if prefixes else "document"
@@ -164,7 +173,6 @@ def _describe(details: ErrorDetails, context: str, sources: Mapping[str, str]) -
     if details["type"] == "value_error":
         return f"{details['ctx']['error']} ({key}, {source})"
     if details["type"] == "extra_forbidden":
-        known = [name for name, _, _ in spec_keys()]
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return refusal(f"a known key; did you mean {nearest[0]}?", "key", key, source)
     message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("String should ")

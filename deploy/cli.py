@@ -49,6 +49,8 @@ from deploy.options import (
     job_spec_of,
     variable,
 )
+from deploy.report_cli import report
+from deploy.study_cli import study
 
 app = typer.Typer(
     name="datps",
@@ -62,6 +64,8 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(certify)
+app.command()(study)
+app.command()(report)
 
 
 def _show_version(wanted: bool) -> None:
@@ -214,6 +218,9 @@ def train(
     trace: Annotated[
         bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events into the run folder, too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train on this machine: servers and workers as separate processes on 127.0.0.1.
@@ -244,7 +251,7 @@ def train(
             baseline=baseline,
             trace=trace,
         )
-        code = _train(options, as_json)
+        code = _train(options, as_json, tensorboard)
     raise typer.Exit(code)
 
 
@@ -290,12 +297,16 @@ def main() -> None:
     app()
 
 
-def _train(options: Any, as_json: bool) -> int:
+def _train(options: Any, as_json: bool, tensorboard: bool) -> int:
     from deploy.display import Display, JsonLinesDisplay, TerminalDisplay
     from deploy.train import train as run_training
 
     people = sys.stdout.isatty() and not as_json
     display: Display = TerminalDisplay(Console()) if people else JsonLinesDisplay(sys.stdout)
+    if tensorboard:
+        from deploy.tensorboard import TensorBoardDisplay
+
+        display = TensorBoardDisplay(display)
     with display:
         outcome = run_training(options, display)
         if outcome.exit_code == 0:

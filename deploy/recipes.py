@@ -1,23 +1,28 @@
 """Recipes: named job specs that come with the package, one YAML file each in `recipes/`.
 
-A recipe is a job spec in YAML; its first line is a comment that describes it. `--set` works on top of it.
+A recipe is a job spec in YAML; its first line is a comment that describes it. `--set` works on top of it. A recipe
+whose second line is `# extends: NAME` holds only what differs from it. Recipes are written one key a line, with the
+source of a value in a comment behind it, so that a whole recipe with all its sources is put together line by line.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import SpecError, refusal
 
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT = "digits-dat-pgd"
+_EXTENDS = re.compile(r"# extends: (\S+)")
+_KEY = re.compile(r"( *)([a-z_0-9]+):(?: (.*))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One recipe: its name, its description in one line, and its YAML document."""
+    """One recipe: its name, its description in one line, and its YAML document, with what it extends."""
 
     name: str
     description: str
@@ -44,7 +49,64 @@ def recipe(name: str) -> Recipe:
     return _read(name)
 
 
+def extended(base: str, text: str) -> str:
+    """The lines of `base` with those of `text` in their place, or at the end of their section.
+
+    Args:
+        base, text: YAML mappings of one key a line, nested by indentation; comments behind a value belong to it. The
+            comments at the head are those of `text`.
+    """
+    root = _Section()
+    for document in (base, text):
+        root.take(document)
+    return "".join(f"{line}\n" for line in (*_head(text), *root.lines()))
+
+
 def _read(name: str) -> Recipe:
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    first = text.partition("\n")[0]
+    first, _, rest = text.partition("\n")
+    extends = _EXTENDS.match(rest)
+    if extends:
+        text = extended(_read(extends[1]).text, text)
     return Recipe(name=name, description=first.removeprefix("#").strip(), text=text)
+
+
+@dataclass
+class _Section:
+    """Keys in order: each a line's rest, or a section."""
+
+    keys: dict[str, _Section | str] = field(default_factory=dict)
+
+    def take(self, document: str) -> None:
+        """Takes over the keys of a document."""
+        open_: list[tuple[int, _Section]] = [(-1, self)]
+        for line in document.splitlines():
+            found = _KEY.fullmatch(line.rstrip())
+            if found is None:
+                continue  # a comment or nothing
+            indent, key, rest = len(found[1]), found[2], found[3]
+            while indent <= open_[-1][0]:
+                open_.pop()
+            section = open_[-1][1]
+            if rest is not None and not rest.lstrip().startswith("#"):
+                section.keys[key] = rest
+                continue
+            below = section.keys.get(key)
+            if not isinstance(below, _Section):
+                below = section.keys[key] = _Section()
+            open_.append((indent, below))
+
+    def lines(self, indent: str = "") -> list[str]:
+        """The section as YAML."""
+        lines: list[str] = []
+        for key, value in self.keys.items():
+            if isinstance(value, _Section):
+                lines += [f"{indent}{key}:", *value.lines(indent + "  ")]
+            else:
+                lines.append(f"{indent}{key}: {value}")
+        return lines
+
+
+def _head(text: str) -> list[str]:
+    lines = text.splitlines()
+    return lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import yaml
 
 from common.config import JobSpec
 from common.errors import SpecError
@@ -70,3 +73,37 @@ def test_the_cifar_recipes_are_the_papers() -> None:
     assert fgsm.attack.resolved_step_size == 10 / 255
     assert pgd.schedule == fgsm.schedule
     assert (pgd.schedule.epochs, pgd.model.name, pgd.evaluation_attack.steps) == (100, "preact_resnet18", 20)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        both[key] = merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return both
+
+
+def test_a_recipe_that_extends_another_has_its_keys_and_the_comments_of_both() -> None:
+    base = (
+        "# base\nseed: 0\nmodel:\n  name: resnet8   # small\ncodec:\n  bits: 8   # table 4\n"
+        "evaluation:\n  attack:\n    steps: 5\n"
+    )
+    text = (
+        "# ours\n# extends: base\ncodec:\n  bits: 4   # less\n  block: 64\nworkers: 2\nevaluation:\n  every_epochs: 1\n"
+    )
+    whole = recipes.extended(base, text)
+    assert whole == (
+        "# ours\n# extends: base\nseed: 0\nmodel:\n  name: resnet8   # small\ncodec:\n  bits: 4   # less\n  block: 64\n"
+        "evaluation:\n  attack:\n    steps: 5\n  every_epochs: 1\nworkers: 2\n"
+    )
+    assert yaml.safe_load(whole) == merged(yaml.safe_load(base), yaml.safe_load(text))
+
+
+def test_every_recipe_that_extends_another_means_what_yaml_says() -> None:
+    for path in sorted(recipes.FOLDER.glob("*.yaml")):
+        text = path.read_text()
+        second = text.splitlines()[1]
+        if second.startswith("# extends: "):
+            base = yaml.safe_load(recipes.recipe(second.removeprefix("# extends: ")).text)
+            assert yaml.safe_load(recipes.recipe(path.stem).text) == merged(base, yaml.safe_load(text)), path.name
+        else:
+            assert recipes.recipe(path.stem).text == text

@@ -1,0 +1,131 @@
+"""What a report knows of each run: its job, its rounds, its evaluations and certificates, read from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import AttackName, CodecName, JobSpec, OptimizerName, Topology
+from common.errors import SpecError, refusal
+from deploy import runs
+
+ROUNDS, EVALUATIONS = "rounds.jsonl", "evaluations.jsonl"
+PHASES = ("attack_s", "compute_s", "communication_s", "evaluation_s")
+"""Phases of a round, by their names in rounds.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """One run.
+
+    Attributes:
+        folder: where it is.
+        title: the recipe's or job file's name.
+        spec: its job.
+        result: of result.json; None of a run that is not complete.
+        rounds: lines of rounds.jsonl.
+        evaluations: (epoch, TA, RA) in order, fractions.
+    """
+
+    folder: Path
+    title: str
+    spec: JobSpec
+    result: Mapping[str, Any] | None
+    rounds: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[tuple[float, float, float]]
+
+    @property
+    def batch(self) -> int:
+        """M * B, samples per round."""
+        return self.spec.workers * self.spec.data.batch_per_worker
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that are done."""
+        return float(self.rounds[-1]["epoch"]) if self.rounds else 0.0
+
+    def seconds(self, phase: str) -> float:
+        """Sum of a phase over the rounds."""
+        return float(sum(line[phase] for line in self.rounds))
+
+
+def collect(paths: Iterable[Path]) -> list[RunData]:
+    """The runs in these folders, each a run folder or one that holds some, such as a study's.
+
+    Raises:
+        SpecError: a folder without any run, or a run whose files are damaged.
+    """
+    found: dict[Path, RunData] = {}
+    for path in paths:
+        folders = list(_run_folders(path))
+        if not folders:
+            raise SpecError(refusal("a run folder, or a folder of them", "run", path, f"no {runs.JOB} in it"))
+        for folder in folders:
+            found.setdefault(folder.resolve(), _read(folder))
+    return list(found.values())
+
+
+def method_of(spec: JobSpec) -> str:
+    """What the paper calls such a training: `DAT-PGD`, `Fast AT`, `DAT-FGSM w/o LALR`, ..."""
+    if spec.attack.name is AttackName.NONE:
+        return "no attack"
+    one_step = spec.attack.name is AttackName.FGSM
+    if spec.workers == 1:
+        return "Fast AT" if one_step else "AT"
+    name = "DAT-FGSM" if one_step else "DAT-PGD"
+    return name if spec.optimizer.name is not OptimizerName.SGD else f"{name} w/o LALR"
+
+
+def communication_of(spec: JobSpec) -> str:
+    """As Table 4 has it: `8 bits 2-sided`, `32 bits, HPC`."""
+    codec = spec.codec
+    bits = {CodecName.NONE: 32, CodecName.FP16: 16, CodecName.BF16: 16, CodecName.SIGN: 1}.get(codec.name, codec.bits)
+    words = f"{bits} bit{'s' if bits > 1 else ''}"
+    if codec.name is CodecName.TOPK:
+        words = f"{100 * codec.density:.3g} % of the elements"
+    if codec.two_sided:
+        words += " 2-sided"
+    if spec.exchange.topology is Topology.COLLECTIVE:
+        words += ", HPC" if codec.name is CodecName.NONE else ", ring"
+    return words
+
+
+def _run_folders(path: Path) -> Iterator[Path]:
+    if (path / runs.JOB).is_file():
+        yield path
+        return
+    for job in sorted(path.rglob(runs.JOB)):
+        if runs.BASELINE not in job.parent.parts:
+            yield job.parent
+
+
+def _read(folder: Path) -> RunData:
+    spec, title = runs.read_job(folder)
+    return RunData(
+        folder=folder,
+        title=title,
+        spec=spec,
+        result=runs.read_result(folder),
+        rounds=_lines(folder / ROUNDS),
+        evaluations=[
+            (line["epoch"], line["clean_accuracy"], line["robust_accuracy"]) for line in _lines(folder / EVALUATIONS)
+        ],
+    )
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
+    """The lines of a file of JSON lines, but for a last one that is cut off."""
+    if not path.is_file():
+        return []
+    lines: list[Mapping[str, Any]] = []
+    texts = path.read_text().splitlines()
+    for number, text in enumerate(texts):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if number < len(texts) - 1:
+                raise SpecError(refusal("lines of JSON", "line", number + 1, str(path))) from None
+    return lines

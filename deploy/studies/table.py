@@ -1,0 +1,136 @@
+"""The table of a study: mean and spread over the seeds, and what was expected of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.studies.plan import CheckSpec, StudySpec, Value, Within, row_name
+
+Figures = Mapping[str, float]
+"""One run's figures by column: fractions, seconds, bytes."""
+_ROUNDING = 1e-9
+PERCENT = "accuracy"
+"""Columns with this in their name hold fractions, which are shown in per cent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        row: name, with the values of the grid.
+        base, point: name alone; values of the grid by key.
+        seeds: those that are done.
+        figures: by column, in order of the seeds.
+        tuned: how many combinations were tried, 0 without tuning.
+        chosen: what tuning has found.
+    """
+
+    row: str
+    base: str
+    point: tuple[tuple[str, Value], ...]
+    seeds: tuple[int, ...]
+    figures: Mapping[str, Sequence[float]]
+    tuned: int = 0
+    chosen: Mapping[str, Value] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One expectation, and what was found; fractions."""
+
+    rule: str
+    found: float
+    least: float
+    holds: bool
+
+
+def line_of(
+    row: str,
+    base: str,
+    point: tuple[tuple[str, Value], ...],
+    by_seed: Mapping[int, Figures],
+    *,
+    tuned: int = 0,
+    chosen: Mapping[str, Value] | None = None,
+) -> Line:
+    """A row from its runs; columns that not all of them have are left out."""
+    columns = [name for name in next(iter(by_seed.values())) if all(name in figures for figures in by_seed.values())]
+    figures = {name: [each[name] for each in by_seed.values()] for name in columns}
+    return Line(row=row, base=base, point=point, seeds=tuple(by_seed), figures=figures, tuned=tuned, chosen=chosen)
+
+
+def verdicts_of(study: StudySpec, lines: Sequence[Line]) -> list[Verdict]:
+    """What the checks say of the rows that are there."""
+    by_name = {line.row: line for line in lines}
+    verdicts = []
+    for check in study.checks:
+        for line in (each for each in lines if each.base == check.row):
+            other = by_name.get(row_name(check.at_least, line.point))
+            if other is not None and check.of in line.figures and check.of in other.figures:
+                verdicts.append(_verdict(check, line, other))
+    return verdicts
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table: mean (smallest to largest) of each column; accuracies in per cent."""
+    columns = list(dict.fromkeys(name for line in lines for name in line.figures))
+    extra = ["tuned"] if any(line.tuned for line in lines) else []
+    head = ["", *map(heading, columns), *extra]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        cells = [shown(name, line.figures[name]) if name in line.figures else "" for name in columns]
+        rows.append([line.row, *cells, *([_tuning(line)] if extra else [])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
+
+
+def heading(column: str) -> str:
+    """`robust_accuracy` -> `robust accuracy, %`."""
+    words = column.replace("_", " ")
+    return f"{words}, %" if PERCENT in column else words
+
+
+def shown(column: str, values: Sequence[float]) -> str:
+    """Mean, and the least and greatest where there are several; fractions in per cent."""
+    numbers = [100 * value for value in values] if PERCENT in column else list(values)
+    texts = [_number(each) for each in (statistics.mean(numbers), min(numbers), max(numbers))]
+    return texts[0] if len(numbers) == 1 or texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def in_words(verdict: Verdict) -> str:
+    """One line for people."""
+    found = f"{100 * verdict.found:.2f} %, at least {100 * verdict.least:.2f} % expected"
+    return f"{verdict.rule}: {found}: {'holds' if verdict.holds else 'DOES NOT HOLD'}"
+
+
+def _verdict(check: CheckSpec, line: Line, other: Line) -> Verdict:
+    found, theirs = statistics.mean(line.figures[check.of]), other.figures[check.of]
+    if check.within is Within.SPREAD:
+        least, how = min(theirs), "within the spread of"
+    else:
+        least = statistics.mean(theirs) - check.within / 100 + check.gap / 100
+        how = f"{check.gap:g} points above" if check.gap else f"at most {check.within:g} points below"
+    rule = f"{check.of.replace('_', ' ')} of {line.row!r} {how} {other.row!r}"
+    return Verdict(rule=rule, found=found, least=least, holds=found >= least - _ROUNDING)
+
+
+def _tuning(line: Line) -> str:
+    chosen = ", ".join(f"{key}={value}" for key, value in (line.chosen or {}).items())
+    return f"{line.tuned} tried; {chosen}" if line.tuned else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Columns of an evaluation.json: accuracy against each attack."""
+    raise NotImplementedError
+
+
+def certified_figures(certification: Mapping[str, Any]) -> dict[str, float]:
+    """Columns of a certification's summary: certified accuracy at each radius."""
+    raise NotImplementedError

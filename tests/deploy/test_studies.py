@@ -1,0 +1,189 @@
+"""`datps study`: what is planned, what is run and run again, what the table says. Commands are recorded, not run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import CodecName
+from common.errors import DatpsError, SpecError
+from common.spec_sources import load_job_spec
+from deploy import runs
+from deploy.recipes import recipe
+from deploy.studies.plan import job_of, read_study, runs_of
+from deploy.studies.run import Places, Study, document_of
+
+TWO_ROWS = """
+title: Two codecs
+recipe: digits-dat-fgsm
+settings: {schedule.epochs: 2, schedule.decay_at: [1/2, 3/4]}
+seeds: [0, 1]
+rows:
+  - {name: 32 bits, settings: {codec.name: none}}
+  - {name: 4 bits, settings: {codec.bits: 4}}
+checks:
+  - {row: 4 bits, of: robust_accuracy, at_least: 32 bits, within: spread}
+  - {row: 4 bits, of: clean_accuracy, at_least: 32 bits, gap: 1}
+"""
+
+
+class Machine:
+    """Stands for `datps`: `train` leaves a job and a result, of the accuracies that it is given by run folder."""
+
+    def __init__(self, robust: dict[str, float], fail_at: str = "") -> None:
+        self.robust = robust
+        self.fail_at = fail_at
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: Sequence[str], log: Path) -> int:
+        arguments = list(command[3:])
+        self.commands.append(arguments)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("epoch 1\nerror: expected a better day, got day=monday\n")
+        flags = {a: b for a, b in pairwise(arguments) if a.startswith("--")}
+        if arguments[0] != "train":
+            Path(flags["--out"]).write_text("labels")
+            return 0
+        folder = Path(flags.get("--out") or flags["--resume"])
+        key = "/".join(folder.parts[-2:]) if "tune-" not in str(folder) else "/".join(folder.parts[-3:])
+        folder.mkdir(parents=True, exist_ok=True)
+        if "--recipe" in flags:
+            settings = [b for a, b in pairwise(arguments) if a == "--set"]
+            spec = load_job_spec(yaml_text=recipe(flags["--recipe"]).text, yaml_name="recipe", settings=settings)
+            runs.write_job(folder, spec, "title")
+        if key == self.fail_at:
+            (folder / "checkpoints/round-000003").mkdir(parents=True)
+            return 75
+        accuracies = {"clean_accuracy": 0.9, "robust_accuracy": self.robust[key], "rounds": 7}
+        accuracies["validation_robust_accuracy"] = self.robust[key] / 2
+        (folder / "result.json").write_text(json.dumps(accuracies))
+        return 0
+
+
+ROBUST = {"32-bits/seed-0": 0.70, "32-bits/seed-1": 0.74, "4-bits/seed-0": 0.69, "4-bits/seed-1": 0.72}
+
+
+def study(text: str, folder: Path, machine: Machine) -> Study:
+    return Study(text, "two.yaml", Places(folder=folder, device="cpu"), run_command=machine)
+
+
+def test_runs_are_rows_times_seeds_and_each_has_its_job() -> None:
+    planned = list(runs_of(read_study(TWO_ROWS, "two.yaml")))
+    jobs = [job_of(run) for run in planned]
+    assert [(run.folder, job.seed, job.codec.name, job.codec.bits) for run, job in zip(planned, jobs, strict=True)] == [
+        ("32-bits/seed-0", 0, CodecName.NONE, 8),
+        ("32-bits/seed-1", 1, CodecName.NONE, 8),
+        ("4-bits/seed-0", 0, CodecName.RANDOMIZED, 4),
+        ("4-bits/seed-1", 1, CodecName.RANDOMIZED, 4),
+    ]
+    assert {(job.schedule.epochs, job.schedule.decay_at) for job in jobs} == {(2, (0.5, 0.75))}
+
+
+def test_a_grid_multiplies_the_rows() -> None:
+    text = TWO_ROWS.replace("rows:", "grid: {workers: [1, 2], data.batch_per_worker: [16]}\nrows:").split("checks")[0]
+    planned = list(runs_of(read_study(text, "two.yaml")))
+    assert len(planned) == 2 * 2 * 2
+    assert planned[2].row == "32 bits, workers 2, batch_per_worker 16"
+    assert (job_of(planned[2]).workers, job_of(planned[2]).data.batch_per_worker) == (2, 16)
+
+
+def test_the_table_has_means_spreads_and_verdicts(tmp_path: Path) -> None:
+    carried_out = study(TWO_ROWS, tmp_path / "out", Machine(ROBUST))
+    lines, verdicts = carried_out.run()
+    table = document_of(carried_out.spec, lines, verdicts)
+    assert "| 32 bits | 90.0 | 72.0 (70.0 to 74.0) |" in table
+    assert "| 4 bits | 90.0 | 70.5 (69.0 to 72.0) |" in table
+    assert [verdict.holds for verdict in verdicts] == [True, False]
+    assert verdicts[0].found == pytest.approx(0.705)
+    assert verdicts[0].least == 0.70
+    assert "70.50 %, at least 70.00 % expected: holds" in table
+    assert "90.00 %, at least 91.00 % expected: DOES NOT HOLD" in table
+    assert (tmp_path / "out/table.md").read_text() == table
+    assert len(json.loads((tmp_path / "out/study.json").read_text())["lines"]) == 2
+
+
+def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path: Path) -> None:
+    stopped = Machine(ROBUST, fail_at="4-bits/seed-0")
+    with pytest.raises(DatpsError, match="datps train ended with 75; error: expected a better day"):
+        study(TWO_ROWS, tmp_path, stopped).run()
+    machine = Machine(ROBUST)
+    study(TWO_ROWS, tmp_path, machine).run()
+    assert [command[:3] for command in machine.commands] == [
+        ["train", "--resume", str(tmp_path / "4-bits/seed-0")],
+        ["train", "--recipe", "digits-dat-fgsm"],
+    ]
+    study(TWO_ROWS, tmp_path, machine).run()
+    assert len(machine.commands) == 2
+
+
+def test_a_run_of_another_job_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    study(TWO_ROWS, tmp_path, Machine(ROBUST)).run()
+    changed = TWO_ROWS.replace("codec.bits: 4", "codec.bits: 2")
+    with pytest.raises(SpecError, match=r"expected codec.bits=2 as the study says \(or remove the folder\), got"):
+        study(changed, tmp_path, Machine(ROBUST)).run()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("chapter one")
+    with pytest.raises(SpecError, match=r"it holds thesis\.tex"):
+        study(TWO_ROWS, tmp_path, Machine(ROBUST))
+    assert (tmp_path / "thesis.tex").read_text() == "chapter one"
+
+
+def test_tuning_takes_what_is_best_on_the_validation_split_and_uses_it_for_all_seeds(tmp_path: Path) -> None:
+    text = TWO_ROWS.replace(
+        "settings: {codec.bits: 4}}", "settings: {codec.bits: 4}, tune: {optimizer.learning_rate: [0.01, 0.04]}}"
+    )
+    tuned = {"4-bits/tune-learning_rate-0.01/seed-1000": 0.5, "4-bits/tune-learning_rate-0.04/seed-1000": 0.6}
+    machine = Machine(ROBUST | tuned)
+    lines, _ = study(text, tmp_path, machine).run()
+    assert (lines[1].tuned, lines[1].chosen) == (2, {"optimizer.learning_rate": 0.04})
+    final = [command for command in machine.commands if str(tmp_path / "4-bits/seed-1") in command]
+    assert "optimizer.learning_rate=0.04" in final[0]
+    assert "2 tried; optimizer.learning_rate=0.04" in (tmp_path / "table.md").read_text()
+
+
+def test_rows_start_from_models_that_earlier_rows_have_trained(tmp_path: Path) -> None:
+    text = TWO_ROWS.replace(
+        "settings: {codec.bits: 4}}", "settings: {codec.bits: 4}, init: 32 bits, unlabeled: 32 bits}"
+    )
+    machine = Machine(ROBUST)
+    study(text, tmp_path, machine).run()
+    labels = str(tmp_path / "32-bits/seed-1-pseudo-labels.safetensors")
+    labelling, training = machine.commands[-2:]
+    assert labelling[:4] == ["pseudo-label", str(tmp_path / "32-bits/seed-1"), "--out", labels]
+    assert training[training.index("--init") + 1] == str(tmp_path / "32-bits/seed-1")
+    assert training[training.index("--unlabeled") + 1] == labels
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seeds": [1, 1]}, "expected different seeds, at least one, got seeds=[1, 1]"),
+        ({"rows": []}, "got rows=[]"),
+        ({"rows": [{"name": "a"}, {"name": "a"}]}, "expected unique names, got rows=['a', 'a']"),
+        ({"rows": [{"name": "a", "init": "b"}, {"name": "b"}]}, "expected a row before 'a', got row=b"),
+        ({"rows": [{"name": "a", "settings": {"codec.bit": 4}}]}, "did you mean codec.bits?"),
+        ({"rows": [{"name": "a", "recipe": "digits"}]}, "expected a known recipe; did you mean digits-dat-pgd?"),
+        ({"row": []}, "expected a known key; did you mean rows?, got key=row"),
+        ({"checks": [{"row": "z", "of": "x", "at_least": "a"}]}, "expected one of ['a'], got row=z"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(change: dict[str, Any], text: str) -> None:
+    document = {"title": "t", "rows": [{"name": "a"}]} | change
+    with pytest.raises(SpecError) as refused:
+        read_study(json.dumps(document), "study.yaml")
+    assert text in str(refused.value)
+
+
+def test_every_study_in_the_repository_can_be_planned() -> None:
+    folder = Path(__file__).parent.parent.parent / "bench" / "studies"
+    documents = sorted(folder.glob("*.yaml"))
+    assert documents
+    for document in documents:
+        assert list(runs_of(read_study(document.read_text(), document.name))), document.name
