@@ -16,8 +16,8 @@ class Computing(nn.Module):
     """A model whose forward pass is computed otherwise; parameters, buffers and modes are the model's own.
 
     With bfloat16, convolutions and products of matrices, forward and backward, round their inputs to it (autocast);
-    sums, batch norm's statistics, losses, parameters and their gradients stay float32. The backward pass runs outside of
-    autocast, in the formats that the forward pass chose.
+    sums, batch norm's statistics, losses, parameters and their gradients stay float32. The backward pass runs outside
+    of autocast, in the formats that the forward pass chose.
     """
 
     def __init__(self, model: nn.Module, spec: ComputeSpec) -> None:
