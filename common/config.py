@@ -114,6 +114,11 @@ class CodecName(StrEnum):
     TOPK = "topk"
 
 
+class Precision(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class BlockName(StrEnum):
     LAYER = "layer"
     ALL = "all"
@@ -324,6 +329,17 @@ class ExchangeSpec(Section):
     """How much a stream's peer may send before it is read (HTTP/2 window); a long link needs its rate x round trip."""
 
 
+class ComputeSpec(Section):
+    """How a worker computes logits and gradients in training; evaluation is always plain float32."""
+
+    precision: Precision = Precision.FLOAT32
+    """`bfloat16`: products of matrices and convolutions in that format (autocast); parameters stay float32."""
+    channels_last: bool = False
+    """Images and activations as NHWC in memory, which suits tensor cores and oneDNN."""
+    compile: bool = False
+    """Compile the network with torch.compile; takes up to a minute at the start, and needs a C++ compiler."""
+
+
 class EvaluationAttackSpec(Section):
     """The PGD attack behind robust accuracy (RA)."""
 
@@ -388,6 +404,7 @@ class JobSpec(Section):
     objective: ObjectiveSpec = ObjectiveSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    compute: ComputeSpec = ComputeSpec()
     codec: CodecSpec = CodecSpec()
     exchange: ExchangeSpec = ExchangeSpec()
     evaluation: EvaluationSpec = EvaluationSpec()

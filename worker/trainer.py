@@ -13,6 +13,7 @@ from common.config import JobSpec, Split
 from common.layout import Layout
 from common.timeline import OFF, Timeline
 from worker.attacks import make_attack
+from worker.computing import computing
 from worker.data import BatchPlan, Dataset, augment, part_of_images
 from worker.evaluation import Evaluation, evaluate
 from worker.exchange.base import Exchange, Traffic
@@ -120,6 +121,7 @@ class Trainer:
         self._recorder = recorder
         self._stop_requested = stop_requested
         self._attack = make_attack(spec.attack)
+        self._model = computing(spec.compute, replica.model)
         self._digest = replica.parameter_digest()
         self._readiness = BucketReadiness(layout, exchange.ready)
         # On other devices a gradient is final when its kernels are, not when they start; a part's is not the worker's.
@@ -150,7 +152,7 @@ class Trainer:
         evaluation = self._evaluate_share(round_)
         evaluation_s = watch.lap("evaluate")
         images, labels, start = self._draw(round_)  # line 4
-        perturbed = self._attack.perturb(self.replica.model, images, labels, start)  # line 5, (A1)
+        perturbed = self._attack.perturb(self._model, images, labels, start)  # line 5, (A1)
         attack_s = watch.lap("attack")
         cost = self._compute_gradient(round_, images, perturbed, labels)  # line 6, (A2), and line 7 as it goes on
         compute_s = watch.lap("forward and backward")
@@ -195,7 +197,7 @@ class Trainer:
     ) -> LocalCost:
         """Forward and backward; on the CPU each bucket is pushed as soon as backward has finished it."""
         self.replica.parameters.zero_gradient()
-        cost = local_cost(self.spec.objective, self.replica.model, images, perturbed, labels)
+        cost = local_cost(self.spec.objective, self._model, images, perturbed, labels)
         self._readiness.begin()
         if self._overlaps:
             self._exchange.begin(round_, self.replica.gradient_vector(), self._digest)
