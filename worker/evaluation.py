@@ -76,7 +76,7 @@ def evaluate(
     clean = torch.zeros((), dtype=torch.int64, device=device)
     robust = torch.zeros_like(clean)
     seen = 0
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for start in range(worker_index * batch, total, workers * batch):
             indices = torch.arange(start, min(start + batch, total))
             images = samples.images(indices)
@@ -98,7 +98,7 @@ def _starts(attack: Attack, images_NCHW: Tensor, indices: Tensor, seed: int) -> 
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for all modules; restores each one's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -20,6 +20,8 @@ class Purpose(StrEnum):
     AUGMENTATION = "augmentation"
     ATTACK = "attack"
     EVALUATION = "evaluation"
+    SMOOTHING = "smoothing"
+    OVERFITTING = "overfitting"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:
