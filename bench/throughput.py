@@ -23,7 +23,7 @@ from bench.settings import Setting
 from bench.signals import signals_unwind
 from bench.throughput_worker import KINDS, ThroughputOrders
 from bench.workload import WORKLOAD
-from common.config import AttackName, BatchNormMode, CodecName, JobSpec
+from common.config import AttackLoss, AttackName, AttackNorm, BatchNormMode, CodecName, JobSpec, ObjectiveName
 from common.errors import SpecError, refusal
 
 _END_S = 30.0
@@ -81,8 +81,13 @@ def _refuse_other_methods(spec: JobSpec) -> None:
     """The plain loop is written out for one method."""
     written = {
         "attack.name": (spec.attack.name, AttackName.PGD),
+        "attack.norm": (spec.attack.norm, AttackNorm.LINF),
+        "attack.loss": (spec.attack.loss, AttackLoss.CROSS_ENTROPY),
+        "attack.warmup": (spec.attack.warmup, 0.0),
         "attack.random_start": (spec.attack.random_start, True),
         "attack.batch_norm": (spec.attack.resolved_batch_norm, BatchNormMode.EVAL),
+        "smoothing.noise_std": (spec.smoothing.noise_std, 0.0),
+        "objective.name": (spec.objective.name, ObjectiveName.ADVERSARIAL),
         "objective.clean_weight": (spec.objective.clean_weight, 0.0),
         "data.augment": (spec.data.augment, False),
         "codec.name": (spec.codec.name, CodecName.NONE),

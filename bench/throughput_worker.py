@@ -24,6 +24,7 @@ from worker.data import BatchPlan, Dataset, TensorSamples
 from worker.datasets import load_dataset
 from worker.evaluation import Evaluation
 from worker.models import build_model
+from worker.overfitting import OverfittingCheck
 from worker.readiness import backward_order
 from worker.replica import Replica
 from worker.trainer import RoundReport, Trainer
@@ -66,6 +67,9 @@ class Reports:
         self.waited_s += report.communication_s
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
+        """See `worker.trainer.Recorder`."""
+
+    def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
         """See `worker.trainer.Recorder`."""
 
     def save(self, round_: int) -> None:

@@ -11,21 +11,22 @@ import hashlib
 import json
 import re
 from enum import StrEnum
-from fractions import Fraction
-from typing import Annotated, Self
+from typing import Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import refusal
+from common.inner_config import AttackLoss as AttackLoss
+from common.inner_config import AttackName as AttackName
+from common.inner_config import AttackNorm as AttackNorm
+from common.inner_config import AttackSpec as AttackSpec
+from common.inner_config import BatchNormMode as BatchNormMode
+from common.inner_config import ObjectiveName as ObjectiveName
+from common.inner_config import ObjectiveSpec as ObjectiveSpec
+from common.inner_config import OverfittingSpec as OverfittingSpec
+from common.inner_config import SmoothingSpec as SmoothingSpec
+from common.section import Number, Section
 
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
@@ -35,34 +36,6 @@ MAXIMAL_ROTATION, MAXIMAL_TOPK = 1 << 15, 1 << 16
 """Elements of a block that is rotated as one, in a core's caches; and of one that topk chooses from, in 16 bits."""
 MAXIMAL_SUM = (1 << 15) - 1
 """Of the integers that a server adds: they travel in 16 bits at most."""
-
-
-def _number(value: object) -> object:
-    """Reads `8/255` as a number; everything else is left to the validator."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-"""A finite float; YAML and flags may write it as a fraction, `8/255`."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, keyword-only, no unknown keys; the docstring under a field is its help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        # YAML reads `yes` and `on` as true, which would pass for 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(refusal("a value that is no switch", str(info.field_name), value))
-        return value
 
 
 class DatasetName(StrEnum):
@@ -84,17 +57,6 @@ class ModelName(StrEnum):
     PREACT_RESNET18 = "preact_resnet18"
     RESNET50 = "resnet50"
     WIDE_RESNET28_10 = "wide_resnet28_10"
-
-
-class AttackName(StrEnum):
-    NONE = "none"
-    FGSM = "fgsm"
-    PGD = "pgd"
-
-
-class BatchNormMode(StrEnum):
-    EVAL = "eval"
-    TRAIN = "train"
 
 
 class OptimizerName(StrEnum):
@@ -157,44 +119,6 @@ class DataSpec(Section):
     """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
     batch_per_worker: int = Field(default=64, ge=1)
     """Samples that each worker draws per round (B of the paper)."""
-
-
-class AttackSpec(Section):
-    """The inner maximization of equation (A1), in the l-infinity ball."""
-
-    name: AttackName = AttackName.PGD
-    """Attack generator; `none` trains on clean images."""
-    epsilon: Number = Field(default=8 / 255, ge=0, le=1)
-    """Radius of the ball, in pixel units [0, 1]."""
-    steps: int = Field(default=10, ge=1, le=1000)
-    """Attack steps of PGD; FGSM always takes one."""
-    step_size: Number | None = Field(default=None, gt=0)
-    """Step size in pixel units; where absent 1.25 epsilon for FGSM and 2.5 epsilon / steps for PGD."""
-    random_start: bool = True
-    """Start from a uniform draw in the ball instead of its centre."""
-    batch_norm: BatchNormMode | None = None
-    """Batch-norm mode during the attack; where absent `eval` for PGD and `train` for FGSM."""
-
-    @property
-    def resolved_step_size(self) -> float:
-        """Step size in pixel units with the attack's default filled in."""
-        if self.step_size is not None:
-            return self.step_size
-        return 1.25 * self.epsilon if self.name is AttackName.FGSM else 2.5 * self.epsilon / self.steps
-
-    @property
-    def resolved_batch_norm(self) -> BatchNormMode:
-        """Batch-norm mode with the attack's default filled in."""
-        if self.batch_norm is not None:
-            return self.batch_norm
-        return BatchNormMode.TRAIN if self.name is AttackName.FGSM else BatchNormMode.EVAL
-
-
-class ObjectiveSpec(Section):
-    """The local cost f_i of equation (2)."""
-
-    clean_weight: Number = Field(default=0.0, ge=0)
-    """lambda of equation (2): weight of the loss on clean images beside the adversarial one."""
 
 
 class OptimizerSpec(Section):
@@ -343,8 +267,8 @@ class ComputeSpec(Section):
 class EvaluationAttackSpec(Section):
     """The PGD attack behind robust accuracy (RA)."""
 
-    epsilon: Number | None = Field(default=None, ge=0, le=1)
-    """Radius in pixel units; the training attack's where absent (paper, section 6.1)."""
+    epsilon: Number | None = Field(default=None, ge=0)
+    """Radius in pixel units, in the training attack's norm; the training attack's where absent (paper, section 6.1)."""
     steps: int = Field(default=20, ge=1, le=10000)
     """Attack steps."""
     step_size: Number | None = Field(default=None, gt=0)
@@ -401,6 +325,8 @@ class JobSpec(Section):
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     attack: AttackSpec = AttackSpec()
+    smoothing: SmoothingSpec = SmoothingSpec()
+    overfitting: OverfittingSpec = OverfittingSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -431,6 +357,25 @@ class JobSpec(Section):
             raise ValueError(refusal(rule, "sum", f"{self.workers} * {levels} = {self.workers * levels}"))
         return self
 
+    @model_validator(mode="after")
+    def _inner_maximization_fits(self) -> Self:
+        attack, objective = self.attack, self.objective
+        if attack.name is AttackName.NONE and objective.name is ObjectiveName.TRADES:
+            raise ValueError(refusal("an attack (objective trades)", "attack.name", attack.name.value))
+        if attack.name is AttackName.NONE and self.overfitting.check_every_epochs:
+            rule = "overfitting.check_every_epochs=0 without an attack to overfit to"
+            raise ValueError(refusal(rule, "overfitting.check_every_epochs", self.overfitting.check_every_epochs))
+        if attack.replays > 1 and objective.name is not ObjectiveName.ADVERSARIAL:
+            rule = f"objective.name=adversarial with attack.replays={attack.replays}"
+            raise ValueError(refusal(rule, "objective.name", objective.name.value))
+        if attack.replays > 1 and self.smoothing.noise_std > 0:
+            rule = f"smoothing.noise_std=0 with attack.replays={attack.replays}"
+            raise ValueError(refusal(rule, "smoothing.noise_std", self.smoothing.noise_std))
+        epsilon = self.evaluation_epsilon
+        if attack.norm is AttackNorm.LINF and epsilon > 1:
+            raise ValueError(refusal("at most 1, in pixel units (norm linf)", "evaluation.attack.epsilon", epsilon))
+        return self
+
     @property
     def shards(self) -> int:
         """S: into how many shards the gradient is cut; one server each."""
@@ -441,12 +386,24 @@ class JobSpec(Section):
         }[self.exchange.topology]
 
     @property
+    def evaluation_epsilon(self) -> float:
+        """The evaluation attack's radius with its default filled in."""
+        own = self.evaluation.attack.epsilon
+        return self.attack.epsilon if own is None else own
+
+    @property
+    def overfitting_check_epochs(self) -> int:
+        """After how many epochs the training is checked for catastrophic overfitting, default filled in; 0 never."""
+        own = self.overfitting.check_every_epochs
+        return int(self.attack.name is AttackName.FGSM) if own is None else own
+
+    @property
     def evaluation_attack(self) -> AttackSpec:
         """The evaluation attack with epsilon and step size resolved."""
-        attack = self.evaluation.attack
-        epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
+        attack, epsilon = self.evaluation.attack, self.evaluation_epsilon
         return AttackSpec(
             name=AttackName.PGD,
+            norm=self.attack.norm,
             epsilon=epsilon,
             steps=attack.steps,
             step_size=attack.step_size if attack.step_size is not None else max(epsilon / 8, 1e-12),

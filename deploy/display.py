@@ -23,6 +23,8 @@ MAXIMAL_ROWS = 16
 """Processes that are listed; of more, those that fare worst."""
 _REFRESH_S = 0.25
 _FLOAT32_BYTES = 4
+_TOLD_BY_ALL = ("round", "evaluation", "waiting", "overfitting", "overfitting_check")
+"""Events that workers tell alike."""
 _LABEL = "bright_black"
 _COLOURS = {
     ProcessState.STARTING: "yellow",
@@ -154,7 +156,7 @@ class JsonLinesDisplay:
         kind, process = event["event"], event.get("process", LEAD)
         if kind == "tick" or kind == "result":  # the launcher tells the result, with the baseline's
             return False
-        if kind in ("round", "evaluation", "waiting") and process.startswith("worker-") and process != LEAD:
+        if kind in _TOLD_BY_ALL and process.startswith("worker-") and process != LEAD:
             return False
         if kind == "round":
             due = event["time"] - self._round_s >= 1.0 or event["round"] == event["rounds"]
@@ -218,6 +220,8 @@ def summary(title: str, folder: str, result: Mapping[str, Any], robust_name: str
     grid.add_row("time", f"{seconds} ({result['rounds']} rounds, {result['workers']} workers)")
     for word in ("pushed", "pulled"):
         grid.add_row(word, _against_float32(result[f"{word}_bytes_per_round"], result["parameters"]))
+    if ended := result.get("ended"):
+        grid.add_row("ended", Text(ended, style="yellow"))
     grid.add_row("run folder", escape(folder))
     return Group(table, grid)
 

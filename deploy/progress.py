@@ -193,6 +193,10 @@ def _stopping(view: RunView, event: Mapping[str, Any]) -> RunView:
     return replace(view, message=f"{event['process']}: {event['text']}")
 
 
+def _overfitting(view: RunView, event: Mapping[str, Any]) -> RunView:
+    return replace(view, message=event["text"])
+
+
 def _error(view: RunView, event: Mapping[str, Any]) -> RunView:
     return _with(view, event["process"], note=event["text"])
 
@@ -232,6 +236,7 @@ _HANDLERS: dict[str, Callable[[RunView, Mapping[str, Any]], RunView]] = {
     "checkpoint": _checkpoint,
     "refused": _refused,
     "stopping": _stopping,
+    "overfitting": _overfitting,
     "error": _error,
     "ended": _ended,
     "result": _result,

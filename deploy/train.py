@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import AttackName, AttackSpec, CodecName, JobSpec
+from common.config import AttackLoss, AttackName, AttackNorm, AttackSpec, CodecName, JobSpec, ObjectiveName
 from common.errors import EXIT_RETRY, SpecError, refusal
 from common.spec_sources import differences, load_job_spec
 from common.timeline import merge
@@ -115,7 +115,9 @@ def job_to_resume(
 def baseline_spec(spec: JobSpec) -> JobSpec:
     """The same training without attacks, judged once, at its end, by the same attack."""
     sections = spec.model_dump(mode="json")
-    sections["attack"]["name"] = AttackName.NONE.value
+    sections["attack"] |= {"name": AttackName.NONE.value, "replays": 1}
+    sections["objective"]["name"] = ObjectiveName.ADVERSARIAL.value
+    sections["overfitting"]["check_every_epochs"] = 0
     sections["evaluation"]["attack"]["epsilon"] = spec.evaluation_attack.epsilon
     sections["evaluation"]["every_epochs"] = 0
     return JobSpec.model_validate(sections)
@@ -123,12 +125,25 @@ def baseline_spec(spec: JobSpec) -> JobSpec:
 
 def in_words(spec: JobSpec) -> str:
     """The job in one line."""
-    attack, codec = spec.attack, spec.codec
-    steps = f", {attack.steps} steps" if attack.name is AttackName.PGD else ""
-    attacked = "no attack" if attack.name is AttackName.NONE else f"{attack.name} epsilon {_epsilon(attack)}{steps}"
+    codec = spec.codec
     bits = f"{codec.bits}-bit " if codec.name in (CodecName.RANDOMIZED, CodecName.PAPER) else ""
     ways = "both ways" if codec.two_sided else "one way"
-    return f"{spec.model.name} on {spec.data.name}, {attacked}, {spec.optimizer.name}, {bits}{codec.name} {ways}"
+    return f"{spec.model.name} on {spec.data.name}, {_method(spec)}, {spec.optimizer.name}, {bits}{codec.name} {ways}"
+
+
+def _method(spec: JobSpec) -> str:
+    """Attack, smoothing and objective."""
+    attack, smoothing = spec.attack, spec.smoothing
+    parts = ["no attack"]
+    if attack.name is not AttackName.NONE:
+        parts = [f"{attack.name} epsilon {_epsilon(attack)}"]
+        parts += [f"{attack.steps} steps"] * (attack.name is AttackName.PGD)
+        parts += [f"{attack.replays} replays"] * (attack.replays > 1)
+        parts += ["KL"] * (attack.loss is AttackLoss.KL)
+        parts += [f"epsilon warm-up {attack.warmup:.3g}"] * (attack.warmup > 0)
+    parts += [f"noise {smoothing.noise_std:g} in {smoothing.samples} copies"] * (smoothing.noise_std > 0)
+    parts += [f"TRADES beta {spec.objective.beta:g}"] * (spec.objective.name is ObjectiveName.TRADES)
+    return ", ".join(parts)
 
 
 def robust_name(spec: JobSpec) -> str:
@@ -202,6 +217,7 @@ def _download(options: TrainOptions) -> None:
 
 
 def _epsilon(attack: AttackSpec) -> str:
-    """As papers write it: `8/255` for small ones."""
+    """As papers write it: `8/255` for small ones; the norm where it is not the usual one."""
     pixels = round(attack.epsilon * 255, 9)
-    return f"{pixels:.0f}/255" if 0 < pixels < 26 and pixels == int(pixels) else f"{attack.epsilon:g}"
+    epsilon = f"{pixels:.0f}/255" if 0 < pixels < 26 and pixels == int(pixels) else f"{attack.epsilon:g}"
+    return epsilon if attack.norm is AttackNorm.LINF else f"{epsilon} ({attack.norm})"

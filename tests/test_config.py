@@ -29,12 +29,24 @@ CHANGED: dict[str, object] = {
     "data.augment": True,
     "data.batch_per_worker": 17,
     "attack.name": "fgsm",
+    "attack.norm": "l2",
+    "attack.loss": "kl",
     "attack.epsilon": 4 / 255,
     "attack.steps": 7,
     "attack.step_size": 1 / 255,
     "attack.random_start": False,
     "attack.batch_norm": "train",
+    "attack.warmup": 0.2,
+    "attack.replays": 4,
+    "smoothing.noise_std": 0.25,
+    "smoothing.samples": 20,
+    "overfitting.check_every_epochs": 2,
+    "overfitting.steps": 20,
+    "overfitting.least_ratio": 0.3,
+    "overfitting.stop": True,
+    "objective.name": "trades",
     "objective.clean_weight": 1.0,
+    "objective.beta": 3.0,
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.3,
     "optimizer.beta1": 0.8,
@@ -76,7 +88,9 @@ CHANGED: dict[str, object] = {
     "deadlines.keepalive_s": 6.5,
 }
 """A valid value that is not the default, for every key there is."""
-TOGETHER = {key: value for key, value in CHANGED.items() if key != "servers"}
+NEEDS = {"attack.replays": ("attack.name=fgsm",), "smoothing.samples": ("smoothing.noise_std=0.5",)}
+"""What a key's value needs beside it."""
+TOGETHER = {key: value for key, value in CHANGED.items() if key != "servers" and key not in NEEDS}
 """All of them that go together: workers that hold the shards leave one server, the default."""
 
 every_key = pytest.mark.parametrize("key", CHANGED)
@@ -141,9 +155,10 @@ def test_keys_come_with_their_defaults() -> None:
 
 @every_key
 def test_digest_changes_with_every_key(key: str) -> None:
-    changed = load_job_spec(settings=[flag(key, CHANGED[key])])
+    needs = NEEDS.get(key, ())
+    changed = load_job_spec(settings=[flag(key, CHANGED[key]), *needs])
     assert value_of(changed, key) == CHANGED[key] != default_of(key)
-    assert changed.digest() != JobSpec().digest()
+    assert changed.digest() != load_job_spec(settings=needs).digest()
 
 
 def test_equal_values_from_different_places_give_the_equal_digest() -> None:
@@ -159,10 +174,10 @@ def test_equal_values_from_different_places_give_the_equal_digest() -> None:
 
 @every_key
 def test_flag_beats_environment_beats_yaml_beats_default(key: str) -> None:
-    default, changed = default_of(key), CHANGED[key]
+    default, changed, needs = default_of(key), CHANGED[key], NEEDS.get(key, ())
     text = document(key, changed)
     assert value_of(load_job_spec(), key) == default
-    assert value_of(load_job_spec(yaml_text=text), key) == changed
+    assert value_of(load_job_spec(yaml_text=text, settings=needs), key) == changed
     assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default)), key) == default
     over_environment = load_job_spec(
         yaml_text=document(key, default), environment=variable(key, changed), settings=[flag(key, default)]
@@ -283,7 +298,7 @@ def test_switch_is_no_number(key: str) -> None:
         ("workers=2.5", "expected integer, got workers=2.5 (--set)"),
         ("seed=-1", "expected greater than or equal to 0, got seed=-1 (--set)"),
         (f"seed={1 << 63}", f"expected less than {1 << 63}, got seed={1 << 63} (--set)"),
-        ("attack.epsilon=2", "expected less than or equal to 1, got attack.epsilon=2 (--set)"),
+        ("attack.epsilon=2", "expected at most 1, in pixel units (norm linf), got epsilon=2.0 (attack.epsilon, --set)"),
         ("attack.epsilon=eight", "expected number, got attack.epsilon=eight (--set)"),
         ("codec.two_sided=maybe", "expected boolean, got codec.two_sided=maybe (--set)"),
         ("model.name=vgg", None),

@@ -30,6 +30,8 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 
 PURE_PATTERNS = (
     "common/config.py",
+    "common/inner_config.py",
+    "common/section.py",
     "common/spec_sources.py",
     "common/layout.py",
     "common/errors.py",
@@ -40,6 +42,10 @@ PURE_PATTERNS = (
     "worker/session.py",
     "worker/attacks.py",
     "worker/objectives.py",
+    "worker/smoothing.py",
+    "worker/curriculum.py",
+    "worker/replays.py",
+    "worker/overfitting.py",
     "worker/schedules.py",
     "worker/metrics.py",
     "worker/evaluation.py",

@@ -11,6 +11,7 @@ import numpy as np
 
 from common.codecs import Float32
 from worker.evaluation import Evaluation
+from worker.overfitting import OverfittingCheck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,11 @@ class RoundMetrics:
     """Test samples of this round's evaluation, if there was one, and how many were right without and under attack."""
     stop: float = 0.0
     """1 if this worker has been asked to stop: all workers see it in the same round, and stop after it."""
+    checked_samples: float = 0.0
+    trained_correct: float = 0.0
+    pgd_correct: float = 0.0
+    """Training samples of this round's check for overfitting, if there was one, and how many were right as perturbed
+    for the round, and under PGD."""
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -38,6 +44,17 @@ class RoundMetrics:
             samples=round(self.evaluation_samples),
             clean_correct=round(self.clean_correct),
             robust_correct=round(self.robust_correct),
+        )
+
+    @property
+    def check(self) -> OverfittingCheck | None:
+        """The check for overfitting that these numbers hold, if any."""
+        if not self.checked_samples:
+            return None
+        return OverfittingCheck(
+            samples=round(self.checked_samples),
+            trained_correct=round(self.trained_correct),
+            pgd_correct=round(self.pgd_correct),
         )
 
     def to_vector(self) -> Float32:

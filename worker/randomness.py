@@ -22,6 +22,8 @@ class Purpose(StrEnum):
     EVALUATION = "evaluation"
     SELECTION_NOISE = "selection_noise"
     ESTIMATION_NOISE = "estimation_noise"
+    SMOOTHING = "smoothing"
+    OVERFITTING = "overfitting"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -21,6 +21,7 @@ from common.events import Emitter
 from worker.checkpoint import Checkpoint, forget_after, save_checkpoint
 from worker.data import Dataset
 from worker.evaluation import Evaluation
+from worker.overfitting import OverfittingCheck
 from worker.replica import Replica
 from worker.residuals import Residuals
 from worker.trainer import RoundReport
@@ -127,11 +128,12 @@ class RunRecorder:
         self._rounds = rounds
         self._folder = folder
         self._seconds = folder.seconds_before if folder else 0.0
-        self._pending: Evaluation | None = None
+        self._round, self._overfitted = 0, ""
 
     def round_closed(self, report: RoundReport) -> None:
         """See `worker.trainer.Recorder`."""
         self._seconds += report.round_s
+        self._round = report.round
         line = {**dataclasses.asdict(report), "seconds": self._seconds}
         line = {name: round(v, 6) if isinstance(v, float) else v for name, v in line.items()}
         if self._folder:
@@ -141,6 +143,17 @@ class RunRecorder:
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
         """See `worker.trainer.Recorder`."""
         self._emit("evaluation", round=round_, samples=evaluation.samples, **accuracies(evaluation))
+
+    def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
+        """See `worker.trainer.Recorder`."""
+        accuracies = {"trained_accuracy": check.trained_accuracy, "pgd_accuracy": check.pgd_accuracy}
+        self._emit("overfitting_check", round=round_, samples=check.samples, **accuracies)
+        if not overfits:
+            return
+        found = f"catastrophic overfitting, {check.in_words(self._spec.overfitting.steps)}"
+        self._overfitted = self._overfitted or (found if ends else "")
+        end = "; the training ends here" if ends else ""
+        self._emit("overfitting", round=round_, text=f"round {round_}: {found}{end}")
 
     def save(self, round_: int) -> None:
         """See `worker.trainer.Recorder`; without a run folder nothing but this worker's residual is saved."""
@@ -171,11 +184,13 @@ class RunRecorder:
             return
         sums = self._folder.sums()
         recorded = max(sums["rounds"], 1)
+        ended = f"ended after round {self._round} of {self._rounds}: {self._overfitted}"
         result = {
             "job_id": self._spec.job_id,
             **accuracies(evaluation),
             "samples": evaluation.samples,
-            "rounds": self._rounds,
+            "rounds": self._round if self._overfitted else self._rounds,
+            **({"ended": ended} if self._overfitted else {}),
             "workers": self._spec.workers,
             "servers": self._spec.servers,
             "parameters": self._replica.parameters.theta.numel(),

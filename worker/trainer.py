@@ -12,18 +12,22 @@ import torch
 from common.config import JobSpec, Split
 from common.layout import Layout
 from common.timeline import OFF, Timeline
-from worker.attacks import make_attack
+from worker.attacks import Attack, make_attack
 from worker.computing import computing
+from worker.curriculum import Curriculum
 from worker.data import BatchPlan, Dataset, augment, part_of_images
 from worker.evaluation import Evaluation, evaluate
 from worker.exchange.base import Exchange, Traffic
 from worker.local.team import Alone, Team
 from worker.metrics import RoundMetrics
 from worker.objectives import LocalCost, local_cost
-from worker.randomness import Purpose, round_generator
+from worker.overfitting import OverfittingCheck, check_attack, check_overfitting
+from worker.randomness import Purpose, round_generator, stream_generator
 from worker.readiness import BucketReadiness, watch_layers
+from worker.replays import Replays
 from worker.replica import Replica
 from worker.schedules import Schedule
+from worker.smoothing import draw_noise, smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +64,23 @@ class Recorder(Protocol):
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
         """After an evaluation by all workers, of the parameters after `round_` rounds."""
 
+    def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
+        """After a check for overfitting in the last of `round_` rounds, by all workers; `ends`: the training does."""
+
     def save(self, round_: int) -> None:
         """Asks for a checkpoint of the state after `round_` rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """This process's part of what a worker draws in a round."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    start: torch.Tensor
+    """Where the attack starts."""
+    noise: torch.Tensor | None
+    """Of the noisy copies, if the training is smoothed."""
 
 
 @dataclass(kw_only=True)
@@ -120,8 +139,10 @@ class Trainer:
         self._device = device
         self._recorder = recorder
         self._stop_requested = stop_requested
-        self._attack = make_attack(spec.attack)
         self._model = computing(spec.compute, replica.model)
+        self._curriculum = Curriculum(spec.attack, rounds=self.rounds)
+        self._replays = Replays(spec.attack.replays)
+        self._stopping = self._overfitted = False
         self._digest = replica.parameter_digest()
         self._readiness = BucketReadiness(layout, exchange.ready)
         # On other devices a gradient is final when its kernels are, not when they start; a part's is not the worker's.
@@ -131,18 +152,26 @@ class Trainer:
         self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=self.rounds)
 
     def run(self) -> bool:
-        """Trains to the end, or until a worker or server is asked to stop; True if the training is complete."""
+        """Trains to the end, or until a worker or server is asked to stop; True if the training is complete.
+
+        With replays it stops after the last round of a batch: what is kept between the others is in no checkpoint.
+        """
         self.replica.model.train()
         while self.round < self.rounds:
             metrics = self._one_round(self.round)
             self.round += 1
             if metrics.evaluation:
                 self._recorder.evaluated(self.round - 1, metrics.evaluation)
-            stop = metrics.stop > 0 and self.round < self.rounds
-            if stop or self._is_due(self.spec.checkpoint.every_epochs) or self.round == self.rounds:
+            if metrics.check:
+                self._heed(metrics.check)
+            self._stopping = self._stopping or metrics.stop > 0
+            may_end = self._replays.between_batches(self.round)
+            complete = self.round == self.rounds or (self._overfitted and may_end)
+            stop = self._stopping and may_end and not complete
+            if stop or complete or self._checkpoint_is_due():
                 self._recorder.save(self.round)
-            if stop:
-                return False
+            if stop or complete:
+                return complete
         return True
 
     def _one_round(self, round_: int) -> RoundMetrics:
@@ -151,12 +180,17 @@ class Trainer:
         started_s = watch.last_s
         evaluation = self._evaluate_share(round_)
         evaluation_s = watch.lap("evaluate")
-        images, labels, start = self._draw(round_)  # line 4
-        perturbed = self._attack.perturb(self._model, images, labels, start)  # line 5, (A1)
+        attack = make_attack(self._curriculum.attack(round_))
+        batch = self._draw(round_, attack)  # line 4
+        attacked = smoothed(self._model, batch.noise)
+        perturbed = self._replays.perturb(attack, attacked, batch.images, batch.labels, batch.start)  # line 5, (A1)
         attack_s = watch.lap("attack")
-        cost = self._compute_gradient(round_, images, perturbed, labels)  # line 6, (A2), and line 7 as it goes on
+        check = self._check(round_, attacked, batch, perturbed)
+        evaluation_s += watch.lap("check")
+        cost = self._compute_gradient(round_, batch, perturbed)  # line 6, (A2), and line 7 as it goes on
+        self._replays.after_backward(attack, round_, batch.images, perturbed)
         compute_s = watch.lap("forward and backward")
-        traffic, metrics = self._average(cost, evaluation)  # lines 8 to 10, (A3)
+        traffic, metrics = self._average(cost, evaluation, check)  # lines 8 to 10, (A3)
         communication_s = watch.lap("wait for averages")
         learning_rate = self._schedule.learning_rate(round_)
         parameters = self.replica.parameters
@@ -179,25 +213,31 @@ class Trainer:
         )
         return metrics
 
-    def _draw(self, round_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This process's part of the worker's batch: images, labels, and where the attack starts.
+    def _draw(self, round_: int, attack: Attack) -> _Batch:
+        """This process's part of the worker's batch.
 
-        Random numbers are drawn for the whole batch, so that a sample meets the same ones whoever has it.
+        Random numbers are drawn for the whole batch, or for each sample, so that a sample meets the same ones whoever
+        has it.
         """
-        indices, part = self._plan.indices(round_, self._worker_index), self._team.part
+        number, part = self._replays.batch(round_), self._team.part
+        indices = self._plan.indices(number, self._worker_index)
         images = part_of_images(self._dataset.train, indices, part).to(self._device)
         labels = self._dataset.train.labels[indices[part]].to(self._device)
         if self.spec.data.augment:
-            images = augment(images, self._generator(round_, Purpose.AUGMENTATION))
-        start = self._attack.start(images, self._generator(round_, Purpose.ATTACK))
-        return images[part], labels, start[part]
+            images = augment(images, self._generator(number, Purpose.AUGMENTATION))
+        start = attack.start(images, self._generator(number, Purpose.ATTACK))
+        # with data of its own, a worker's sample of this index is another one than the others'
+        owner = () if self.spec.data.split is Split.SHARED else (self._worker_index,)
+        keys = ((number, index, *owner) for index in indices[part].tolist())
+        generators = (stream_generator(self.spec.seed, Purpose.SMOOTHING, *k, device=self._device) for k in keys)
+        noise = draw_noise(self.spec.smoothing, images[part], generators)
+        return _Batch(images=images[part], labels=labels, start=start[part], noise=noise)
 
-    def _compute_gradient(
-        self, round_: int, images: torch.Tensor, perturbed: torch.Tensor, labels: torch.Tensor
-    ) -> LocalCost:
+    def _compute_gradient(self, round_: int, batch: _Batch, perturbed: torch.Tensor) -> LocalCost:
         """Forward and backward; on the CPU each bucket is pushed as soon as backward has finished it."""
         self.replica.parameters.zero_gradient()
-        cost = local_cost(self.spec.objective, self._model, images, perturbed, labels)
+        objective = self.spec.objective
+        cost = local_cost(objective, self._model, batch.images, perturbed, batch.labels, noise_NSCHW=batch.noise)
         self._readiness.begin()
         if self._overlaps:
             self._exchange.begin(round_, self.replica.gradient_vector(), self._digest)
@@ -209,7 +249,9 @@ class Trainer:
         self._readiness.finish()
         return cost
 
-    def _average(self, cost: LocalCost, evaluation: Evaluation | None) -> tuple[Traffic, RoundMetrics]:
+    def _average(
+        self, cost: LocalCost, evaluation: Evaluation | None, check: OverfittingCheck | None
+    ) -> tuple[Traffic, RoundMetrics]:
         own = RoundMetrics(
             loss=float(cost.loss.detach()),
             train_samples=cost.samples,
@@ -218,6 +260,9 @@ class Trainer:
             clean_correct=evaluation.clean_correct if evaluation else 0,
             robust_correct=evaluation.robust_correct if evaluation else 0,
             stop=self._stop_requested() or self._exchange.stop_requested is not None,
+            checked_samples=check.samples if check else 0,
+            trained_correct=check.trained_correct if check else 0,
+            pgd_correct=check.pgd_correct if check else 0,
         )
         state = self._team.average_state(self.replica.state_vector(own.to_vector()))
         traffic = self._team.conclude(state, self._exchange.finish(state))
@@ -227,7 +272,7 @@ class Trainer:
 
     def _evaluate_share(self, round_: int) -> Evaluation | None:
         """This process's share of the evaluation of the parameters before this round, if one is due."""
-        if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs):
+        if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs, round_):
             return None
         # With data of its own, a worker has test data of its own, all of it its share.
         shared = self.spec.data.split is Split.SHARED
@@ -243,8 +288,34 @@ class Trainer:
             device=self._device,
         )
 
-    def _is_due(self, every_epochs: int) -> bool:
-        return every_epochs > 0 and self.round % (every_epochs * self._plan.rounds_per_epoch) == 0
+    def _check(
+        self, round_: int, model: torch.nn.Module, batch: _Batch, perturbed: torch.Tensor
+    ) -> OverfittingCheck | None:
+        """This process's share of the check for overfitting, if this round is the last of an epoch that has one."""
+        if not self._is_due(self.spec.overfitting_check_epochs, round_ + 1):
+            return None
+        attack = make_attack(check_attack(self.spec, self._curriculum.attack(round_)))
+        whole = batch.images.new_zeros((self.spec.data.batch_per_worker, *batch.images.shape[1:]))
+        whole[self._team.part] = batch.images
+        start = attack.start(whole, self._generator(round_, Purpose.OVERFITTING))[self._team.part]
+        return check_overfitting(model, batch.images, perturbed, batch.labels, attack, start)
+
+    def _heed(self, check: OverfittingCheck) -> None:
+        """Tells the outcome of a check, and remembers it if the training is to end."""
+        overfits = check.overfits(self.spec.overfitting.least_ratio)
+        ends = overfits and self.spec.overfitting.stop
+        self._overfitted = self._overfitted or ends
+        self._recorder.checked(self.round, check, overfits=overfits, ends=ends)
+
+    def _checkpoint_is_due(self) -> bool:
+        """Whether an epoch that asks for a checkpoint has ended with, or in, the batch that has just ended."""
+        rounds = range(self.round, self.round - self.spec.attack.replays, -1)
+        due = any(self._is_due(self.spec.checkpoint.every_epochs, round_) for round_ in rounds)
+        return due and self._replays.between_batches(self.round)
+
+    def _is_due(self, every_epochs: int, round_: int) -> bool:
+        """Whether so many epochs have ended with `round_` rounds, again."""
+        return every_epochs > 0 and round_ % (every_epochs * self._plan.rounds_per_epoch) == 0
 
     def _generator(self, round_: int, purpose: Purpose) -> torch.Generator:
         return round_generator(self.spec.seed, round_, self._worker_index, purpose, self._device)

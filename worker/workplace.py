@@ -24,7 +24,7 @@ from worker.record import describe_data
 from worker.replica import Replica
 from worker.trainer import Recorder, Trainer
 
-FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.")
+FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.", "overfitting.")
 """Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter, but see `_bound`."""
 
 

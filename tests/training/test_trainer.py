@@ -22,6 +22,7 @@ from worker.exchange.coordination import End
 from worker.exchange.ps import ParameterServerExchange
 from worker.metrics import RoundMetrics
 from worker.models import build_model
+from worker.overfitting import OverfittingCheck
 from worker.randomness import Purpose, round_generator
 from worker.readiness import backward_order
 from worker.replica import Replica
@@ -38,12 +39,16 @@ class Recording:
         self.reports: list[RoundReport] = []
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.saved: list[int] = []
+        self.checks: list[tuple[int, OverfittingCheck, bool, bool]] = []
 
     def round_closed(self, report: RoundReport) -> None:
         self.reports.append(report)
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
         self.evaluations.append((round_, evaluation))
+
+    def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
+        self.checks.append((round_, check, overfits, ends))
 
     def save(self, round_: int) -> None:
         self.saved.append(round_)

@@ -31,6 +31,7 @@ from worker.local.devices import describe
 from worker.local.group import GroupBrokenError, join_store
 from worker.local.processes import About, Order, built, trace_beside
 from worker.local.team import LocalTeam
+from worker.overfitting import OverfittingCheck
 from worker.trainer import RoundReport
 from worker.workplace import Workplace, open_device
 
@@ -48,6 +49,9 @@ class Silent:
         """See `worker.trainer.Recorder`."""
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
+        """See `worker.trainer.Recorder`."""
+
+    def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
         """See `worker.trainer.Recorder`."""
 
     def save(self, round_: int) -> None:  # noqa: ARG002
