@@ -11,21 +11,17 @@ import hashlib
 import json
 import re
 from enum import StrEnum
-from fractions import Fraction
-from typing import Annotated, Self
+from typing import Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.errors import refusal
+from common.outer_config import OptimizerName as OptimizerName
+from common.outer_config import OptimizerSpec as OptimizerSpec
+from common.outer_config import ScheduleName as ScheduleName
+from common.outer_config import ScheduleSpec as ScheduleSpec
+from common.section import Number, Section
 
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
@@ -35,34 +31,6 @@ MAXIMAL_ROTATION, MAXIMAL_TOPK = 1 << 15, 1 << 16
 """Elements of a block that is rotated as one, in a core's caches; and of one that topk chooses from, in 16 bits."""
 MAXIMAL_SUM = (1 << 15) - 1
 """Of the integers that a server adds: they travel in 16 bits at most."""
-
-
-def _number(value: object) -> object:
-    """Reads `8/255` as a number; everything else is left to the validator."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-"""A finite float; YAML and flags may write it as a fraction, `8/255`."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, keyword-only, no unknown keys; the docstring under a field is its help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        # YAML reads `yes` and `on` as true, which would pass for 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(refusal("a value that is no switch", str(info.field_name), value))
-        return value
 
 
 class DatasetName(StrEnum):
@@ -95,11 +63,6 @@ class AttackName(StrEnum):
 class BatchNormMode(StrEnum):
     EVAL = "eval"
     TRAIN = "train"
-
-
-class OptimizerName(StrEnum):
-    LAMB = "lamb"
-    SGD = "sgd"
 
 
 class CodecName(StrEnum):
@@ -190,61 +153,6 @@ class ObjectiveSpec(Section):
 
     clean_weight: Number = Field(default=0.0, ge=0)
     """lambda of equation (2): weight of the loss on clean images beside the adversarial one."""
-
-
-class OptimizerSpec(Section):
-    """The outer minimization of equation (A4)."""
-
-    name: OptimizerName = OptimizerName.LAMB
-    """`lamb` is Algorithm A2; `sgd` with momentum is the paper's "w/o LALR"."""
-    learning_rate: Number = Field(default=0.01, gt=0)
-    """eta_1, before warm-up and decay."""
-    beta1: Number = Field(default=0.9, ge=0, lt=1)
-    """LAMB: decay of the first moment."""
-    beta2: Number = Field(default=0.999, ge=0, lt=1)
-    """LAMB: decay of the second moment."""
-    stability_eps: Number = Field(default=1e-12, gt=0)
-    """LAMB: zeta of Algorithm A2, added to the second moment under the square root."""
-    bias_correction: bool = True
-    """LAMB: divide the moments by 1 - beta^t, as Algorithm A2 does."""
-    trust_low: Number = Field(default=0.0, ge=0)
-    """LAMB: c_l of equation (3), lower bound of tau."""
-    trust_high: Number = Field(default=10.0, gt=0)
-    """LAMB: c_u of equation (3), upper bound of tau."""
-    momentum: Number = Field(default=0.9, ge=0, lt=1)
-    """SGD: momentum."""
-    weight_decay: Number = Field(default=1e-4, ge=0)
-    """Decay of the weights: inside LAMB's update, added to SGD's gradient."""
-    decay_one_dimensional: bool = True
-    """Decay biases and normalization parameters too, as the paper's code does."""
-    adapt_one_dimensional: bool = True
-    """LAMB: adapt the learning rate of biases and normalization parameters too, as the paper's code does."""
-
-    @model_validator(mode="after")
-    def _trust_bounds_are_ordered(self) -> Self:
-        if self.trust_low > self.trust_high:
-            raise ValueError(refusal(f"trust_low <= trust_high={self.trust_high}", "trust_low", self.trust_low))
-        return self
-
-
-class ScheduleSpec(Section):
-    """Length of the training and the learning rate over it: linear warm-up, then piecewise decay."""
-
-    epochs: int = Field(default=30, ge=1)
-    """Passes over the training data."""
-    warmup: Number = Field(default=0.0, ge=0, lt=1)
-    """Fraction of all rounds over which the learning rate rises linearly from 0."""
-    decay_at: tuple[Number, ...] = (2 / 3, 9 / 10)
-    """Fractions of all rounds after which the learning rate is multiplied by `decay_factor`, in rising order."""
-    decay_factor: Number = Field(default=0.1, gt=0, le=1)
-    """Factor of each decay."""
-
-    @model_validator(mode="after")
-    def _decay_points_rise(self) -> Self:
-        points = self.decay_at
-        if list(points) != sorted(set(points)) or any(not 0 < point < 1 for point in points):
-            raise ValueError(refusal("rising fractions between 0 and 1", "decay_at", list(points)))
-        return self
 
 
 class CodecSpec(Section):

@@ -30,6 +30,8 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 
 PURE_PATTERNS = (
     "common/config.py",
+    "common/outer_config.py",
+    "common/section.py",
     "common/spec_sources.py",
     "common/layout.py",
     "common/errors.py",
