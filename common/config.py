@@ -332,6 +332,12 @@ class JobSpec(Section):
         }[self.exchange.topology]
 
     @property
+    def peak_learning_rate(self) -> float:
+        """eta_1 as it is used: with `optimizer.base_batch` times the samples of a round, M B, over so many."""
+        optimizer, drawn = self.optimizer, self.workers * self.data.batch_per_worker
+        return optimizer.learning_rate * (drawn / (optimizer.base_batch or drawn))
+
+    @property
     def evaluation_attack(self) -> AttackSpec:
         """The evaluation attack with epsilon and step size resolved."""
         attack = self.evaluation.attack

@@ -128,7 +128,16 @@ def in_words(spec: JobSpec) -> str:
     attacked = "no attack" if attack.name is AttackName.NONE else f"{attack.name} epsilon {_epsilon(attack)}{steps}"
     bits = f"{codec.bits}-bit " if codec.name in (CodecName.RANDOMIZED, CodecName.PAPER) else ""
     ways = "both ways" if codec.two_sided else "one way"
-    return f"{spec.model.name} on {spec.data.name}, {attacked}, {spec.optimizer.name}, {bits}{codec.name} {ways}"
+    return f"{spec.model.name} on {spec.data.name}, {attacked}, {_optimizer(spec)}, {bits}{codec.name} {ways}"
+
+
+def _optimizer(spec: JobSpec) -> str:
+    """Its name, and the learning rate if that is scaled: `sgd at 0.8 (0.1 for 256 samples)`."""
+    optimizer = spec.optimizer
+    if optimizer.base_batch is None:
+        return optimizer.name.value
+    scaled = f"{spec.peak_learning_rate:g} ({optimizer.learning_rate:g} for {optimizer.base_batch} samples)"
+    return f"{optimizer.name} at {scaled}"
 
 
 def robust_name(spec: JobSpec) -> str:

@@ -299,6 +299,7 @@ class _Job:
             view=admission.view,
             parameters=self._layout.d,
             rounds=rounds,
+            learning_rate=spec.peak_learning_rate,
             device=devices,
             model=spec.model.name.value,
             data=spec.data.name.value,

@@ -126,7 +126,7 @@ class Trainer:
         self._overlaps = device.type == "cpu" and self._team.size == 1
         if self._overlaps:
             watch_layers(replica.parameters.parameters, self._readiness.layer_done)
-        self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=self.rounds)
+        self._schedule = Schedule.of_job(spec, self.rounds)
 
     def run(self) -> bool:
         """Trains to the end, or until a worker or server is asked to stop; True if the training is complete."""
