@@ -26,7 +26,7 @@ class PlainLoop:
         self._flat = FlatParameters(model)  # so that the update is the very same
         self._optimizer = make_optimizer(spec.optimizer, self._flat)
         rounds = spec.schedule.epochs * plan.rounds_per_epoch
-        self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=rounds)
+        self._schedule = Schedule.of_job(spec, rounds)
         self._round = 0
         self.loss = 0.0
 

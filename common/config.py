@@ -26,6 +26,10 @@ from common.inner_config import ObjectiveName as ObjectiveName
 from common.inner_config import ObjectiveSpec as ObjectiveSpec
 from common.inner_config import OverfittingSpec as OverfittingSpec
 from common.inner_config import SmoothingSpec as SmoothingSpec
+from common.outer_config import OptimizerName as OptimizerName
+from common.outer_config import OptimizerSpec as OptimizerSpec
+from common.outer_config import ScheduleName as ScheduleName
+from common.outer_config import ScheduleSpec as ScheduleSpec
 from common.section import Number, Section
 
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -57,11 +61,6 @@ class ModelName(StrEnum):
     PREACT_RESNET18 = "preact_resnet18"
     RESNET50 = "resnet50"
     WIDE_RESNET28_10 = "wide_resnet28_10"
-
-
-class OptimizerName(StrEnum):
-    LAMB = "lamb"
-    SGD = "sgd"
 
 
 class CodecName(StrEnum):
@@ -119,61 +118,16 @@ class DataSpec(Section):
     """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
     batch_per_worker: int = Field(default=64, ge=1)
     """Samples that each worker draws per round (B of the paper)."""
+    validation: Number = Field(default=0.0, ge=0)
+    """Training samples that are held out, a fraction or from 1 on a count (`split=own`: of each worker): evaluations
+    during training judge on them instead of the test data."""
 
-
-class OptimizerSpec(Section):
-    """The outer minimization of equation (A4)."""
-
-    name: OptimizerName = OptimizerName.LAMB
-    """`lamb` is Algorithm A2; `sgd` with momentum is the paper's "w/o LALR"."""
-    learning_rate: Number = Field(default=0.01, gt=0)
-    """eta_1, before warm-up and decay."""
-    beta1: Number = Field(default=0.9, ge=0, lt=1)
-    """LAMB: decay of the first moment."""
-    beta2: Number = Field(default=0.999, ge=0, lt=1)
-    """LAMB: decay of the second moment."""
-    stability_eps: Number = Field(default=1e-12, gt=0)
-    """LAMB: zeta of Algorithm A2, added to the second moment under the square root."""
-    bias_correction: bool = True
-    """LAMB: divide the moments by 1 - beta^t, as Algorithm A2 does."""
-    trust_low: Number = Field(default=0.0, ge=0)
-    """LAMB: c_l of equation (3), lower bound of tau."""
-    trust_high: Number = Field(default=10.0, gt=0)
-    """LAMB: c_u of equation (3), upper bound of tau."""
-    momentum: Number = Field(default=0.9, ge=0, lt=1)
-    """SGD: momentum."""
-    weight_decay: Number = Field(default=1e-4, ge=0)
-    """Decay of the weights: inside LAMB's update, added to SGD's gradient."""
-    decay_one_dimensional: bool = True
-    """Decay biases and normalization parameters too, as the paper's code does."""
-    adapt_one_dimensional: bool = True
-    """LAMB: adapt the learning rate of biases and normalization parameters too, as the paper's code does."""
-
-    @model_validator(mode="after")
-    def _trust_bounds_are_ordered(self) -> Self:
-        if self.trust_low > self.trust_high:
-            raise ValueError(refusal(f"trust_low <= trust_high={self.trust_high}", "trust_low", self.trust_low))
-        return self
-
-
-class ScheduleSpec(Section):
-    """Length of the training and the learning rate over it: linear warm-up, then piecewise decay."""
-
-    epochs: int = Field(default=30, ge=1)
-    """Passes over the training data."""
-    warmup: Number = Field(default=0.0, ge=0, lt=1)
-    """Fraction of all rounds over which the learning rate rises linearly from 0."""
-    decay_at: tuple[Number, ...] = (2 / 3, 9 / 10)
-    """Fractions of all rounds after which the learning rate is multiplied by `decay_factor`, in rising order."""
-    decay_factor: Number = Field(default=0.1, gt=0, le=1)
-    """Factor of each decay."""
-
-    @model_validator(mode="after")
-    def _decay_points_rise(self) -> Self:
-        points = self.decay_at
-        if list(points) != sorted(set(points)) or any(not 0 < point < 1 for point in points):
-            raise ValueError(refusal("rising fractions between 0 and 1", "decay_at", list(points)))
-        return self
+    @field_validator("validation")
+    @classmethod
+    def _validation_is_a_fraction_or_a_count(cls, amount: float) -> float:
+        if amount >= 1 and amount != int(amount):
+            raise ValueError(refusal("a fraction below 1, or a whole number", "validation", amount))
+        return amount
 
 
 class CodecSpec(Section):
@@ -282,6 +236,8 @@ class EvaluationSpec(Section):
 
     every_epochs: int = Field(default=5, ge=0)
     """Evaluate during training after so many epochs; 0 evaluates at the end only."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop training early after so many evaluations on `data.validation` without a higher robust accuracy."""
     attack: EvaluationAttackSpec = EvaluationAttackSpec()
     batch: int = Field(default=256, ge=1)
     """Images per forward pass."""
@@ -376,6 +332,13 @@ class JobSpec(Section):
             raise ValueError(refusal("at most 1, in pixel units (norm linf)", "evaluation.attack.epsilon", epsilon))
         return self
 
+    @model_validator(mode="after")
+    def _early_stopping_looks_at_validation_data(self) -> Self:
+        if self.evaluation.patience is not None and not (self.data.validation and self.evaluation.every_epochs):
+            rule = "data.validation and evaluation.every_epochs above 0 (early stopping, never on test data)"
+            raise ValueError(refusal(rule, "evaluation.patience", self.evaluation.patience))
+        return self
+
     @property
     def shards(self) -> int:
         """S: into how many shards the gradient is cut; one server each."""
@@ -396,6 +359,12 @@ class JobSpec(Section):
         """After how many epochs the training is checked for catastrophic overfitting, default filled in; 0 never."""
         own = self.overfitting.check_every_epochs
         return int(self.attack.name is AttackName.FGSM) if own is None else own
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """eta_1 as it is used: with `optimizer.base_batch` times the samples of a round, M B, over so many."""
+        optimizer, drawn = self.optimizer, self.workers * self.data.batch_per_worker
+        return optimizer.learning_rate * (drawn / (optimizer.base_batch or drawn))
 
     @property
     def evaluation_attack(self) -> AttackSpec:

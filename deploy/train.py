@@ -119,7 +119,7 @@ def baseline_spec(spec: JobSpec) -> JobSpec:
     sections["objective"]["name"] = ObjectiveName.ADVERSARIAL.value
     sections["overfitting"]["check_every_epochs"] = 0
     sections["evaluation"]["attack"]["epsilon"] = spec.evaluation_attack.epsilon
-    sections["evaluation"]["every_epochs"] = 0
+    sections["evaluation"] |= {"every_epochs": 0, "patience": None}
     return JobSpec.model_validate(sections)
 
 
@@ -128,7 +128,7 @@ def in_words(spec: JobSpec) -> str:
     codec = spec.codec
     bits = f"{codec.bits}-bit " if codec.name in (CodecName.RANDOMIZED, CodecName.PAPER) else ""
     ways = "both ways" if codec.two_sided else "one way"
-    return f"{spec.model.name} on {spec.data.name}, {_method(spec)}, {spec.optimizer.name}, {bits}{codec.name} {ways}"
+    return f"{spec.model.name} on {spec.data.name}, {_method(spec)}, {_optimizer(spec)}, {bits}{codec.name} {ways}"
 
 
 def _method(spec: JobSpec) -> str:
@@ -144,6 +144,15 @@ def _method(spec: JobSpec) -> str:
     parts += [f"noise {smoothing.noise_std:g} in {smoothing.samples} copies"] * (smoothing.noise_std > 0)
     parts += [f"TRADES beta {spec.objective.beta:g}"] * (spec.objective.name is ObjectiveName.TRADES)
     return ", ".join(parts)
+
+
+def _optimizer(spec: JobSpec) -> str:
+    """Its name, and the learning rate if that is scaled: `sgd at 0.8 (0.1 for 256 samples)`."""
+    optimizer = spec.optimizer
+    if optimizer.base_batch is None:
+        return optimizer.name.value
+    scaled = f"{spec.peak_learning_rate:g} ({optimizer.learning_rate:g} for {optimizer.base_batch} samples)"
+    return f"{optimizer.name} at {scaled}"
 
 
 def robust_name(spec: JobSpec) -> str:

@@ -31,6 +31,7 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 PURE_PATTERNS = (
     "common/config.py",
     "common/inner_config.py",
+    "common/outer_config.py",
     "common/section.py",
     "common/spec_sources.py",
     "common/layout.py",
@@ -48,6 +49,8 @@ PURE_PATTERNS = (
     "worker/overfitting.py",
     "worker/schedules.py",
     "worker/metrics.py",
+    "worker/selection.py",
+    "worker/validation.py",
     "worker/evaluation.py",
     "worker/certification.py",
     "worker/randomness.py",

@@ -24,6 +24,7 @@ class Purpose(StrEnum):
     ESTIMATION_NOISE = "estimation_noise"
     SMOOTHING = "smoothing"
     OVERFITTING = "overfitting"
+    VALIDATION = "validation"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -62,13 +62,16 @@ class Recorder(Protocol):
         """After every round."""
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
-        """After an evaluation by all workers, of the parameters after `round_` rounds."""
+        """After an evaluation by all workers, of the model after `round_` rounds, on validation or test data."""
 
     def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
         """After a check for overfitting in the last of `round_` rounds, by all workers; `ends`: the training does."""
 
     def save(self, round_: int) -> None:
         """Asks for a checkpoint of the state after `round_` rounds."""
+
+    def save_best(self, round_: int) -> None:
+        """Asks for a checkpoint of the state after `round_` rounds, the best so far on validation data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,7 @@ class Trainer:
         self._overlaps = device.type == "cpu" and self._team.size == 1
         if self._overlaps:
             watch_layers(replica.parameters.parameters, self._readiness.layer_done)
-        self._schedule = Schedule(spec.schedule, learning_rate=spec.optimizer.learning_rate, rounds=self.rounds)
+        self._schedule = Schedule.of_job(spec, self.rounds)
 
     def run(self) -> bool:
         """Trains to the end, or until a worker or server is asked to stop; True if the training is complete.
@@ -157,7 +160,7 @@ class Trainer:
         With replays it stops after the last round of a batch: what is kept between the others is in no checkpoint.
         """
         self.replica.model.train()
-        while self.round < self.rounds:
+        while not self.is_complete:
             metrics = self._one_round(self.round)
             self.round += 1
             if metrics.evaluation:
@@ -165,14 +168,19 @@ class Trainer:
             if metrics.check:
                 self._heed(metrics.check)
             self._stopping = self._stopping or metrics.stop > 0
-            may_end = self._replays.between_batches(self.round)
-            complete = self.round == self.rounds or (self._overfitted and may_end)
-            stop = self._stopping and may_end and not complete
+            complete = self.is_complete
+            stop = self._stopping and self._replays.between_batches(self.round) and not complete
             if stop or complete or self._checkpoint_is_due():
                 self._recorder.save(self.round)
             if stop or complete:
                 return complete
         return True
+
+    @property
+    def is_complete(self) -> bool:
+        """All rounds are over, or early stopping or overfitting has ended the training."""
+        ended = self._overfitted or self.replica.selection.is_over(self.spec.evaluation.patience)
+        return self.round >= self.rounds or (ended and self._replays.between_batches(self.round))
 
     def _one_round(self, round_: int) -> RoundMetrics:
         """Iteration t = round_ + 1 of Algorithm A1."""
@@ -192,10 +200,12 @@ class Trainer:
         compute_s = watch.lap("forward and backward")
         traffic, metrics = self._average(cost, evaluation, check)  # lines 8 to 10, (A3)
         communication_s = watch.lap("wait for averages")
+        if metrics.evaluation and self._dataset.validation:
+            self._select(round_, metrics.evaluation)
+            evaluation_s += watch.lap("keep the best")
         learning_rate = self._schedule.learning_rate(round_)
-        parameters = self.replica.parameters
-        self.replica.optimizer.update(parameters.theta, parameters.gradient, learning_rate)  # line 12, (A4)
-        self._team.share_parameters(parameters.theta)
+        self.replica.update(learning_rate)  # line 12, (A4)
+        self._team.share_parameters(self.replica.parameters.theta)
         self._digest = self.replica.parameter_digest()
         compute_s += watch.lap("update")
         self._recorder.round_closed(
@@ -274,19 +284,31 @@ class Trainer:
         """This process's share of the evaluation of the parameters before this round, if one is due."""
         if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs, round_):
             return None
-        # With data of its own, a worker has test data of its own, all of it its share.
+        # With data of its own, a worker has test and validation data of its own, all of it its share.
         shared = self.spec.data.split is Split.SHARED
         index, workers = (self._worker_index, self.spec.workers) if shared else (0, 1)
-        return evaluate(
-            self.replica.model,
-            self._dataset.test,
-            self.spec.evaluation_attack,
-            batch=self.spec.evaluation.batch,
-            seed=self.spec.seed,
-            worker_index=index + workers * self._team.local_rank,
-            workers=workers * self._team.size,
-            device=self._device,
-        )
+        samples = self._dataset.test
+        if self._dataset.validation:
+            samples = self._dataset.validation
+            self.replica.mark_judged()
+        with self.replica.judged() as model:
+            return evaluate(
+                model,
+                samples,
+                self.spec.evaluation_attack,
+                batch=self.spec.evaluation.batch,
+                seed=self.spec.seed,
+                worker_index=index + workers * self._team.local_rank,
+                workers=workers * self._team.size,
+                device=self._device,
+            )
+
+    def _select(self, round_: int, evaluation: Evaluation) -> None:
+        """Keeps the model that was judged in this round, which is yet to be updated, if it is the best so far."""
+        self.replica.selection = self.replica.selection.after(round_, evaluation)
+        if self.replica.selection.round == round_:
+            with self.replica.as_judged():
+                self._recorder.save_best(round_)
 
     def _check(
         self, round_: int, model: torch.nn.Module, batch: _Batch, perturbed: torch.Tensor

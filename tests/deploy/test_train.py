@@ -235,4 +235,6 @@ def test_a_job_is_told_in_words() -> None:
     assert robust_name(spec) == "PGD-20, epsilon 8/255"
     spec = load_job_spec(settings=["attack.name=none", "codec.name=none", "evaluation.attack.epsilon=0.2"])
     assert in_words(spec) == "small_cnn on digits, no attack, lamb, none one way"
+    settings = ["optimizer.name=sgd", "optimizer.learning_rate=0.1", "optimizer.base_batch=64", "workers=8"]
+    assert "sgd at 0.8 (0.1 for 64 samples)" in in_words(load_job_spec(settings=settings))
     assert robust_name(spec) == "PGD-20, epsilon 0.2"

@@ -12,7 +12,7 @@ from common.config import OptimizerName, OptimizerSpec
 from tests.local.support import with_groups
 from tests.method.test_optimizers import layers_of, vector
 from worker.local.group import LocalGroup
-from worker.optimizers import Lamb, Layer, Optimizer, Sgd, Shares
+from worker.optimizers import AdamW, Lamb, Lars, Layer, Optimizer, Sgd, Shares
 from worker.optimizers.shares import LayerNorms
 
 LAYERS = layers_of()
@@ -20,7 +20,19 @@ LAYERS = layers_of()
 D = sum(layer.length for layer in LAYERS)
 LAST = LAYERS[-1].offset
 ROUNDS = 3
-KINDS: dict[OptimizerName, type[Optimizer]] = {OptimizerName.LAMB: Lamb, OptimizerName.SGD: Sgd}
+KINDS: dict[OptimizerName, type[Optimizer]] = {
+    OptimizerName.LAMB: Lamb,
+    OptimizerName.SGD: Sgd,
+    OptimizerName.LARS: Lars,
+    OptimizerName.ADAMW: AdamW,
+}
+SPECS = {
+    "lamb": OptimizerSpec(weight_decay=1e-2, learning_rate=0.1),
+    "sgd": OptimizerSpec(name=OptimizerName.SGD, weight_decay=1e-2, learning_rate=0.1),
+    "nesterov, clipped": OptimizerSpec(name=OptimizerName.SGD, nesterov=True, learning_rate=0.1, clip_norm=0.5),
+    "lars, clipped": OptimizerSpec(name=OptimizerName.LARS, weight_decay=1e-2, learning_rate=10, clip_norm=0.5),
+    "adamw": OptimizerSpec(name=OptimizerName.ADAMW, decay_one_dimensional=False, weight_decay=1e-2),
+}
 EDGES = {
     "in the middle of a piece": (0, LAST + 20000, D),
     "where a layer begins": (0, LAST, D),
@@ -47,15 +59,14 @@ def three_updates(spec: OptimizerSpec, optimizer: Optimizer, shares: Shares | No
 
 
 @pytest.mark.parametrize("edges", EDGES.values(), ids=EDGES.keys())
-@pytest.mark.parametrize("name", list(KINDS))
-def test_slices_are_updated_to_the_bits_of_the_whole(name: OptimizerName, edges: tuple[int, ...]) -> None:
-    spec = OptimizerSpec(name=name, weight_decay=1e-2, learning_rate=0.1)
-    whole = KINDS[name](spec, LAYERS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_slices_are_updated_to_the_bits_of_the_whole(spec: OptimizerSpec, edges: tuple[int, ...]) -> None:
+    whole = KINDS[spec.name](spec, LAYERS)
     expected = three_updates(spec, whole, None)
 
     def run(group: LocalGroup, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
         shares = Shares(edges=edges, index=rank, gather=group.gather)
-        optimizer = KINDS[name](spec, LAYERS, shares=shares)
+        optimizer = KINDS[spec.name](spec, LAYERS, shares=shares)
         assert all(len(moment) == shares.stop - shares.start for moment in optimizer._moments.values())
         assert len(optimizer._scratch) == shares.stop - shares.start
         return three_updates(spec, optimizer, shares), optimizer.state_tensors()

@@ -40,6 +40,7 @@ class Recording:
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.saved: list[int] = []
         self.checks: list[tuple[int, OverfittingCheck, bool, bool]] = []
+        self.best: list[int] = []
 
     def round_closed(self, report: RoundReport) -> None:
         self.reports.append(report)
@@ -52,6 +53,9 @@ class Recording:
 
     def save(self, round_: int) -> None:
         self.saved.append(round_)
+
+    def save_best(self, round_: int) -> None:
+        self.best.append(round_)
 
 
 def model_for(spec: JobSpec, dataset: Dataset) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the outer minimization oracles (A4) have in common: rules per layer, and a state that is saved and loaded."""
+"""What the outer minimization oracles (A4) have in common: rules per layer, clipping, and a state that can be saved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from common.config import OptimizerSpec
 from common.errors import CheckpointError, refusal
 from worker.optimizers.flat import Layer
-from worker.optimizers.shares import Shares
+from worker.optimizers.shares import LayerNorms, Shares
 
 _COUNT = "t"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRule:
-    """Whether one layer's weights are decayed and, with LAMB, its learning rate adapted."""
+    """Whether one layer's weights are decayed and, with LAMB and LARS, its learning rate adapted."""
 
     name: str
     decayed: bool
@@ -74,6 +74,8 @@ class Optimizer(ABC):
             max(min(layer.offset + layer.length, stop) - max(layer.offset, start), 0) for layer in layers
         ]  # of what lies in this process's slice
         self._decayed = [index for index, rule in enumerate(self.rules) if rule.decayed]
+        self._adapted = torch.tensor([rule.adapted for rule in self.rules], device=device)
+        self._norms = LayerNorms([layer.length for layer in layers], self._shares, device)
         self._scratch = torch.zeros(stop - start, dtype=torch.float32, device=device)
         self._scratch_layers = torch.split(self._scratch, self._lengths)
         self._moments = {name: torch.zeros_like(self._scratch) for name in self.moment_names(spec)}
@@ -83,13 +85,28 @@ class Optimizer(ABC):
     def moment_names(spec: OptimizerSpec) -> tuple[str, ...]:
         """Names of the vectors that the state consists of, besides the count."""
 
-    @abstractmethod
+    @torch.no_grad()
     def update(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """One update (A4).
 
         Args:
             theta: float32 [d]; this process's slice is updated in place.
-            gradient: float32 [d], the average of (A3); only this process's slice is read.
+            gradient: float32 [d], the average of (A3); only this process's slice is read, and clipped in place.
+            learning_rate: eta_t of this round.
+        """
+        own = self._shares.own(gradient)
+        if self.spec.clip_norm is not None:
+            self._clip(own, self.spec.clip_norm)
+        self.t += 1
+        self._update(theta, own, learning_rate)
+
+    @abstractmethod
+    def _update(self, theta: Tensor, gradient: Tensor, learning_rate: float) -> None:
+        """Update `t`.
+
+        Args:
+            theta: float32 [d]; this process's slice is updated in place.
+            gradient: this process's slice of it, clipped.
             learning_rate: eta_t of this round.
         """
 
@@ -118,6 +135,27 @@ class Optimizer(ABC):
         for name, moment in self._moments.items():
             moment.copy_(self._shares.own(state[name]))
         self.t = count
+
+    def _clip(self, gradient: Tensor, clip_norm: float) -> None:
+        """g <- g * min(1, clip_norm / ||g||) for a gradient of which each process has its slice. Gathers.
+
+        The norm is that of the layers' norms, which are the same bits however the vector is divided.
+        """
+        norm = torch.linalg.vector_norm(self._norms.of_slices(gradient))
+        gradient.mul_((clip_norm / norm).clamp_(max=1.0))
+
+    def _correction(self, beta: float) -> float:
+        """1 - beta^t, or 1 without bias correction."""
+        return 1 - beta**self.t if self.spec.bias_correction else 1.0
+
+    def _trust_ratios(self, theta_norms: Tensor, denominators: Tensor) -> Tensor:
+        """tau(||theta_i||) / denominator per layer, float32 [h]; tau clamps to [c_l, c_u].
+
+        It is 1 in layers that are not adapted, and where either norm is 0: a bias starts at 0 and would never move.
+        """
+        tau = theta_norms.clamp(self.spec.trust_low, self.spec.trust_high)
+        applies = self._adapted & (theta_norms > 0) & (denominators > 0)
+        return torch.where(applies, tau / denominators, 1.0)
 
     def _add_decay(self, theta: Tensor) -> None:
         """Adds weight_decay * theta onto the scratch vector, in the layers that are decayed; both are slices."""
