@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from worker.residuals import Residuals
 from worker.selection import Best, Conclusion
 from worker.trainer import RoundReport
 
-JOB, ROUNDS, RESULT, CHECKPOINTS = "job.yaml", "rounds.jsonl", "result.json", "checkpoints"
+JOB, ROUNDS, EVALUATIONS = "job.yaml", "rounds.jsonl", "evaluations.jsonl"
+RESULT, CHECKPOINTS = "result.json", "checkpoints"
 _SUMS = ("attack_s", "compute_s", "communication_s", "evaluation_s", "round_s", "pushed_bytes", "pulled_bytes")
 
 
@@ -51,6 +53,9 @@ class RunFolder:
         self._resumed_round = resumed.round if resumed else 0
         own = resumed is not None and resumed.path.resolve().parent == (path / CHECKPOINTS).resolve()
         lines = self._lines()
+        evaluated = _json_lines(path / EVALUATIONS) if own else []
+        # those of the checkpoint's own state are made anew: a round begins with the evaluation of what came before it
+        self._kept_evaluations = [line for line in evaluated if line.get("round", 0) < self._resumed_round]
         if lines and not own and not (anew and resumed is None):
             rule = "a folder without rounds of another run (or --resume)"
             raise SpecError(refusal(rule, "out", path, f"{ROUNDS} has {len(lines)}"))
@@ -72,7 +77,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / JOB).exists():
                 self._replace(self.path / JOB, spec.to_yaml())
-            self._replace(self._rounds, "".join(json.dumps(line) + "\n" for line in self._kept))
+            for file, kept in ((ROUNDS, self._kept), (EVALUATIONS, self._kept_evaluations)):
+                self._replace(self.path / file, "".join(json.dumps(line) + "\n" for line in kept))
             forget_after(self.path / CHECKPOINTS, self._resumed_round)
         self._take_over_best()
 
@@ -83,13 +89,13 @@ class RunFolder:
             if best:
                 copy_best(best, self.checkpoints)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds one line to rounds.jsonl.
+    def append(self, line: dict[str, Any], file: str = ROUNDS) -> None:
+        """Adds one line to rounds.jsonl, or to evaluations.jsonl.
 
         Raises:
             StorageError: the disk is full.
         """
-        with _storing(self._rounds), self._rounds.open("a") as stream:
+        with _storing(self.path / file), (self.path / file).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def sums(self) -> dict[str, float]:
@@ -113,9 +119,7 @@ class RunFolder:
         temporary.replace(file)
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self._rounds.exists():
-            return []
-        return list(_whole_lines(self._rounds.read_text().splitlines()))
+        return list(takewhile(lambda line: {"round", *_SUMS} <= set(line), _json_lines(self._rounds)))
 
 
 class RunRecorder:
@@ -158,7 +162,11 @@ class RunRecorder:
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
         """See `worker.trainer.Recorder`."""
         data = "validation" if self._dataset.validation else "test"
-        self._emit("evaluation", round=round_, data=data, samples=evaluation.samples, **accuracies(evaluation))
+        line = {"round": round_, "data": data, "samples": evaluation.samples, **accuracies(evaluation)}
+        if self._folder:
+            epoch = round(round_ * self._spec.schedule.epochs / self._rounds, 4)
+            self._folder.append({"epoch": epoch, **line}, EVALUATIONS)
+        self._emit("evaluation", **line)
 
     def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
         """See `worker.trainer.Recorder`."""
@@ -275,13 +283,15 @@ def _storing(path: Path) -> Iterator[None]:
         raise StorageError(refusal("a folder with room to write", "path", path, str(error))) from None
 
 
-def _whole_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    """Lines up to the first that is not a round's, or was cut off by the end of its process."""
-    for line in lines:
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file up to the first that is no object, or was cut off by the end of its process."""
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             content = json.loads(line)
         except json.JSONDecodeError:
-            return
-        if not isinstance(content, dict) or not {"round", *_SUMS} <= set(content):
-            return
-        yield content
+            break
+        if not isinstance(content, dict):
+            break
+        lines.append(content)
+    return lines

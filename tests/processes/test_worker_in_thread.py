@@ -248,8 +248,10 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_resume(tmp
 
 def test_a_resume_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = ("schedule.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=5")
+    settings = ("schedule.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=5", "evaluation.every_epochs=1")
     assert train_alone(out, None, *settings)[0] == 0
+    evaluations = (out / "evaluations.jsonl").read_text()
+    assert [json.loads(line)["epoch"] for line in evaluations.splitlines()] == [1.0, 2.0]
     before = json.loads((out / "result.json").read_text())["parameter_digest"]
     checkpoints = out / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["round-000011", "round-000022", "round-000033"]
@@ -259,6 +261,7 @@ def test_a_resume_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Pat
     assert json.loads((out / "result.json").read_text())["parameter_digest"] == before
     assert not (checkpoints / "round-000022" / "marker").exists()
     assert [json.loads(line)["round"] for line in (out / "rounds.jsonl").read_text().splitlines()] == [*range(1, 34)]
+    assert (out / "evaluations.jsonl").read_text() == evaluations
 
 
 def test_a_folder_that_cannot_be_written_ends_the_worker_with_75_and_tells_the_others_why(tmp_path: Path) -> None:
