@@ -21,7 +21,6 @@ from worker.models import averaged_buffers
 from worker.optimizers import FlatParameters, Shares, make_optimizer
 
 METRICS_NAME = "@metrics"
-WHOLE = slice(None)
 
 
 class Replica:
@@ -47,7 +46,6 @@ class Replica:
         self.optimizer = make_optimizer(spec, self.parameters, divide(self.tensors) if divide else None)
         persistent = model.state_dict(keep_vars=True)
         self._counters = {n: b for n, b in model.named_buffers() if n in persistent and n not in self._buffers}
-        self._gradient = np.empty(self.parameters.theta.numel(), np.float32)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -58,23 +56,6 @@ class Replica:
             *(TensorSpec(name=name, shape=tuple(b.shape), buffer=True) for name, b in self._buffers.items()),
             TensorSpec(name=METRICS_NAME, shape=(METRICS,), buffer=True),
         )
-
-    def gradient_vector(self, part: slice = WHOLE) -> Float32:
-        """The gradient on the host, float32 of shape (d,); on the CPU it is the gradient's own memory.
-
-        Elsewhere only `part` of it is brought to the host, and no other part of that memory is touched.
-        """
-        gradient = self.parameters.gradient
-        if gradient.device.type == "cpu":
-            return gradient.numpy()
-        torch.from_numpy(self._gradient)[part].copy_(gradient[part])
-        return self._gradient
-
-    def take_gradient(self, part: slice = WHOLE) -> None:
-        """Brings part of the vector of `gradient_vector`, which has become the average, to the model's device."""
-        gradient = self.parameters.gradient
-        if gradient.device.type != "cpu":
-            gradient[part].copy_(torch.from_numpy(self._gradient)[part])
 
     def state_vector(self, metrics: Float32) -> Float32:
         """Averaged buffers, then the metrics: float32 of shape (e,), new memory."""

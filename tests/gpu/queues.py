@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.codecs.gpu.transfer import Queue, SideStream
+from common.codecs.gpu.queues import Queue, SideStream
 
 
 class HostQueue:
@@ -24,14 +24,14 @@ class HostQueue:
         self.pinned = 0  # buffers made on the host
         self._late = late
         self._current = current
-        self._work: list[Callable[[], None]] = []
+        self._work: list[Callable[[], object]] = []
         self._done = 0
 
     def wait(self, event: Any) -> None:
         assert self._current is not None
         self.run((event or self._current.mark()).synchronize)
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         self._work.append(work)
         if not self._late:
             self.work_until(len(self._work))
@@ -73,7 +73,7 @@ class HostEvent:
 class CurrentStream:
     """What the tests ask of the GPU's current stream."""
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], object]) -> None:
         work()
 
     def mark(self) -> torch.cuda.Event:
