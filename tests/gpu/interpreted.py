@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.gpu.exchanges import EXCHANGE_PROGRAMS
 from tests.gpu.programs import PROGRAMS
 from tests.gpu.scenarios import SCENARIO_PROGRAMS
 
@@ -24,7 +25,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     arrays = {}
     with np.errstate(invalid="ignore"):  # the interpreter casts the NaN of refused values to integers
-        for name, program in (PROGRAMS | SCENARIO_PROGRAMS).items():
+        for name, program in (PROGRAMS | SCENARIO_PROGRAMS | EXCHANGE_PROGRAMS).items():
             if name.endswith(" streams"):
                 continue
             try:

@@ -19,7 +19,7 @@ class Traffic:
     Attributes:
         pushed_bytes: of this worker's messages to the servers, as serialized.
         pulled_bytes: of the servers' messages to this worker, as serialized.
-        seconds: from the first encoding until the last average was decoded.
+        seconds: from the first bucket that was said to be ready until the last average was decoded.
         waited_s: the part of it that the caller spent waiting in `finish`: what was not hidden behind its other work.
     """
 

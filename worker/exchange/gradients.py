@@ -226,7 +226,7 @@ class DeviceGradient:
         self.start()
         for read in self._read.values():
             read.synchronize()
-        return self._as_vector(self._mirror)
+        return self._mirror.numpy()
 
     def encode(self, codec: Codec, bucket: Bucket, measured: BlockScales | None, payload: Bytes) -> Encoded:
         """See `GradientMemory`. Before it waits, all other buckets that are final are on their way."""
@@ -251,7 +251,7 @@ class DeviceGradient:
 
     def room(self, bucket: Bucket) -> Float32:
         """See `GradientMemory`."""
-        return self._as_vector(self._host(bucket))
+        return self._host(bucket).numpy()
 
     def store(self, bucket: Bucket) -> None:
         """See `GradientMemory`."""
@@ -276,11 +276,6 @@ class DeviceGradient:
 
     def _host(self, bucket: Bucket) -> Tensor:
         return self._mirror[bucket.start - self._part.start : bucket.stop - self._part.start]
-
-    @staticmethod
-    def _as_vector(tensor: Tensor) -> Float32:
-        vector: Float32 = tensor.numpy()
-        return vector
 
     @property
     def _mirror(self) -> Tensor:
