@@ -77,10 +77,10 @@ def test_payloads_in_the_nodes_memory_are_the_same(codec: str) -> None:
     assert_same(arrays_of(accounts), on_the_host(codec, node_memory=True))
 
 
-@pytest.mark.parametrize("codec", ["none", "8 bits 2-sided", "rotated", "topk"])
+@pytest.mark.parametrize("codec", ["none", "fp16 2-sided", "8 bits 2-sided", "topk"])
 def test_an_average_is_copied_back_while_the_device_computes_the_next_buckets(codec: str) -> None:
     place = LongComputing(machine_of("late"), kernels=None)
-    arrays, expected = arrays_of(run_job(CODECS[codec], [place, OnHost()])), on_the_host(codec)
+    arrays, expected = arrays_of(run_job(CODECS[codec], [place, OnHost(place.gate)])), on_the_host(codec)
     assert place.still_computing == [True] * ROUNDS
     for round_, first in enumerate(place.first_buckets):
         assert first

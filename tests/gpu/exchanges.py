@@ -19,7 +19,7 @@ from common.errors import CodecError
 from common.layout import Bucket, BucketKind, Layout, TensorSpec, plan_layout
 from common.node_memory import NodeMemory
 from common.wire.frames import BucketMessage, read_worker_message
-from tests.gpu.queues import Machine, machines
+from tests.gpu.queues import HostQueue, Machine, machines
 from tests.support import DEADLINE_S, in_threads, introduce, job, ready, running_servers, silent
 from worker.exchange.base import Traffic
 from worker.exchange.gradients import DeviceGradient, GradientMemory, HostGradient
@@ -58,7 +58,14 @@ class Place(Protocol):
 
 
 class OnHost:
-    """A gradient that the host computes."""
+    """A gradient that the host computes.
+
+    Args:
+        gate: gives something in each round before the gradient is ready; None: it is ready at once.
+    """
+
+    def __init__(self, gate: queue.SimpleQueue[None] | None = None) -> None:
+        self._gate = gate
 
     def memory(self, layout: Layout) -> GradientMemory:
         self._layout = layout
@@ -67,6 +74,8 @@ class OnHost:
 
     def compute(self, values: Float32, ready: Callable[[Iterable[int]], None]) -> None:
         self._vector[:] = values
+        if self._gate:
+            self._gate.get(timeout=DEADLINE_S)
         ready(bucket.number for bucket in self._layout.of_kind(BucketKind.GRADIENT))
 
     def average(self) -> Float32:
@@ -90,14 +99,14 @@ class OnDevice:
         return self._make(DeviceGradient, layout)
 
     def _make(self, kind: type[Memory], layout: Layout) -> Memory:
-        self._buckets = layout.of_kind(BucketKind.GRADIENT)
+        self.buckets = layout.of_kind(BucketKind.GRADIENT)
         self.gradient = torch.full((layout.d,), torch.nan, device=self.machine.device)
         return kind(self.gradient, layout, out=self.machine.side, back=self.machine.back, kernels=self._kernels)
 
     def compute(self, values: Float32, ready: Callable[[Iterable[int]], None]) -> None:
         source = torch.from_numpy(values.copy()).to(self.machine.device)
         self.machine.current.run(self.gradient.zero_)
-        order = [*self._buckets[1::2], *self._buckets[::2]] if self._shuffled else self._buckets
+        order = [*self.buckets[1::2], *self.buckets[::2]] if self._shuffled else self.buckets
         for bucket in order:
             part = slice(bucket.start, bucket.stop)
             self.machine.current.run(lambda part=part: self.gradient[part].copy_(source[part]))
@@ -240,11 +249,16 @@ def arrays_of(accounts: Sequence[Account]) -> Arrays:
 
 
 class Announcing(DeviceGradient):
-    """Tells of each bucket whose average has been given to the device."""
+    """Tells which buckets are leaving the device, and of each one whose average has been given to it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.leaving: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         self.decoded: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        super().start()
+        self.leaving.put(set(self._read))
 
     def decode(self, codec: Codec, bucket: Bucket, encoded: Encoded, key: RandomKey) -> None:
         super().decode(codec, bucket, encoded, key)
@@ -252,7 +266,15 @@ class Announcing(DeviceGradient):
 
 
 class LongComputing(OnDevice):
-    """The stream that computes is busy for long after the first bucket; that one's average is looked at meanwhile."""
+    """The stream that computes is busy for long after the first bucket; that one's average is looked at meanwhile.
+
+    The last bucket is on its way out, too, as soon as it is computed, but it is not its turn. Only then the others'
+    contributions may come, which `gate` is for.
+    """
+
+    def __init__(self, machine: Machine, *, kernels: CodecSpec | None) -> None:
+        super().__init__(machine, kernels=kernels)
+        self.gate: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def memory(self, layout: Layout) -> GradientMemory:
         self._memory = self._make(Announcing, layout)
@@ -261,21 +283,29 @@ class LongComputing(OnDevice):
         return self._memory
 
     def compute(self, values: Float32, ready: Callable[[Iterable[int]], None]) -> None:
-        while not self._memory.decoded.empty():  # of the round before
-            self._memory.decoded.get()
+        for told in (self._memory.leaving, self._memory.decoded):
+            while not told.empty():  # of the round before
+                told.get()
         source = torch.from_numpy(values.copy()).to(self.machine.device)
-        first, others = self._buckets[0], slice(self._buckets[0].stop, None)
-        self.machine.current.run(lambda: self.gradient[: first.stop].copy_(source[: first.stop]))
-        ready([first.number])
-        self.machine.current.run(lambda: long_work(self.machine.device))
+        first, *others, last = self.buckets
+        assert others
+        for bucket in self.buckets:
+            part = slice(bucket.start, bucket.stop)
+            self.machine.current.run(lambda part=part: self.gradient[part].copy_(source[part]))
+            if bucket is first:
+                ready([first.number])
+                self.machine.current.run(lambda: long_work(self.machine.device))
+        ready([last.number])
         end = self.machine.current.mark()
+        while last.number not in self._memory.leaving.get(timeout=DEADLINE_S):
+            pass
+        self.gate.put(None)
         assert self._memory.decoded.get(timeout=DEADLINE_S) == first.number
         self.machine.back.mark().synchronize()
         with beside(self.machine.device):
             self.first_buckets.append(self.gradient[: first.stop].cpu().numpy().tobytes())
         self.still_computing.append(not end.query())
-        self.machine.current.run(lambda: self.gradient[others].copy_(source[others]))
-        ready(bucket.number for bucket in self._buckets[1:])
+        ready(bucket.number for bucket in others)
 
 
 def long_work(device: torch.device) -> None:
@@ -292,26 +322,31 @@ def beside(device: torch.device) -> Any:
 KERNEL_CODECS = {
     "8 bits 2-sided": ("codec.two_sided=true", "codec.block=64"),
     "8 bits": ("codec.bits=8",),
-    "4 bits 2-sided l2": ("codec.bits=4", "codec.two_sided=true", "codec.scale=l2", "codec.block=64"),
+    "4 bits 2-sided l2": ("codec.bits=4", "codec.two_sided=true", "codec.scale=l2", "codec.block=8"),
 }
 """Those whose buckets kernels encode, and in the two-sided ones decode."""
 
 
-def job_of(codec: str, place: Place) -> Arrays:
+def job_of(codec: str, place: Place, gate: queue.SimpleQueue[None] | None = None) -> Arrays:
     """All of a job with one worker's gradient at this place, the other one's on the host; one has a shard beside it."""
-    return arrays_of(run_job(KERNEL_CODECS[codec], [place, OnHost()], node_memory="2-sided" in codec))
+    return arrays_of(run_job(KERNEL_CODECS[codec], [place, OnHost(gate)], node_memory="2-sided" in codec))
 
 
 def bytes_of_job(codec: str, machine: Machine) -> Arrays:
     """What is pushed and pulled."""
     place = OnDevice(machine, kernels=job(*KERNEL_CODECS[codec]).codec, shuffled=True)
-    return job_of(codec, place)
+    arrays = job_of(codec, place)
+    if isinstance(machine.side, HostQueue):  # memory of one round serves the next one
+        assert machine.side.pinned <= len(place.buckets) + 1
+    return arrays
 
 
 def decoded_while_computing(codec: str, machine: Machine) -> Arrays:
     """What a worker has of its first bucket while its device is still computing."""
+    if machine.device.type == "cuda":
+        bytes_of_job(codec, machine)  # has the kernels compiled, which may take longer than `long_work`
     place = LongComputing(machine, kernels=job(*KERNEL_CODECS[codec]).codec)
-    arrays = job_of(codec, place)
+    arrays = job_of(codec, place, place.gate)
     firsts = {f"first bucket {k}": np.frombuffer(content, np.uint8) for k, content in enumerate(place.first_buckets)}
     return arrays | firsts | {"still computing": np.array(place.still_computing)}
 
