@@ -17,6 +17,7 @@ from tests.collective.support import collective, collective_members
 from tests.gpu.exchanges import (
     ROUNDS,
     TENSORS,
+    Announcing,
     Arrays,
     LongComputing,
     OnDevice,
@@ -28,7 +29,7 @@ from tests.gpu.exchanges import (
     values_of,
 )
 from tests.gpu.queues import HostQueue, Machine, host_machine
-from tests.support import DIGEST, in_threads, job, members, running_servers
+from tests.support import DEADLINE_S, DIGEST, in_threads, job, members, running_servers
 from worker.exchange.gradients import DeviceGradient, HostGradient, gradient_memory, has_kernels
 
 CODECS = {
@@ -118,6 +119,20 @@ def test_collectives_average_a_gradient_on_a_device_as_one_on_the_host(codec: tu
     on_host = averages(OnHost)
     assert on_device == on_host
     assert on_host[0] == on_host[1]
+
+
+@pytest.mark.parametrize("topology", ["dedicated", "collective"])
+def test_a_bucket_leaves_the_device_as_soon_as_it_is_final_whatever_its_turn(topology: str) -> None:
+    spec = job("workers=1", "exchange.bucket_bytes=1024", f"exchange.topology={topology}", "codec.name=paper")
+    together = collective_members if topology == "collective" else members
+    with running_servers(spec) as servers, together(spec, servers[0].address) as (member,):
+        machine, last = machine_of("late"), member.layout.of_kind(BucketKind.GRADIENT)[-1]
+        gradient = torch.zeros(member.layout.d)
+        memory = Announcing(gradient, member.layout, out=machine.side, back=machine.back)
+        member.exchange.begin(0, memory, DIGEST)
+        assert memory._read == {}
+        member.exchange.ready([last.number])
+        assert memory.leaving.get(timeout=DEADLINE_S) == {last.number}
 
 
 def test_an_average_of_what_has_not_been_contributed_is_refused() -> None:
