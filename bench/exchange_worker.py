@@ -18,6 +18,7 @@ from bench.workload import Workload, gradient_of, run_rounds, worker_main
 from common.codecs import Float32
 from common.events import Emitter
 from common.layout import BucketKind, plan_layout
+from worker.exchange.gradients import HostGradient
 
 NO_DIGEST = bytes(16)
 
@@ -36,7 +37,7 @@ def run(server: str, host: str, number: int, workload: Workload, emit: Emitter) 
 
         def average(round_: int, vector: Float32, digest: str) -> dict[str, Any]:
             start_ns = member.timeline.now_ns()
-            exchange.begin(round_, vector, bytes.fromhex(digest) or NO_DIGEST)
+            exchange.begin(round_, HostGradient(vector), bytes.fromhex(digest) or NO_DIGEST)
             exchange.ready(buckets)
             traffic = exchange.finish(state)
             member.timeline.add("round", start_ns, "rounds", round=round_)

@@ -24,6 +24,7 @@ from common.events import Emitter
 from common.layout import BucketKind, Layout, plan_layout
 from common.timeline import Timeline
 from worker.exchange.base import Exchange, Traffic
+from worker.exchange.gradients import HostGradient
 from worker.metrics import RoundMetrics
 from worker.models import build_model
 from worker.readiness import BucketReadiness, backward_order, watch_layers
@@ -64,6 +65,7 @@ class Phases:
         self, replica: Replica, exchange: Exchange, layout: Layout, batch: tuple[Tensor, Tensor], gate: Gate
     ) -> None:
         self._replica, self._exchange, self._gate = replica, exchange, gate
+        self._gradient = HostGradient(replica.parameters.gradient.numpy())
         self._images, self._labels = batch
         self._buckets = [bucket.number for bucket in layout.of_kind(BucketKind.GRADIENT)]
         self._readiness = BucketReadiness(layout, exchange.ready)
@@ -113,7 +115,7 @@ class Phases:
         return F.cross_entropy(self._replica.model(self._images), self._labels)
 
     def _begin(self) -> None:
-        self._exchange.begin(self._round, self._replica.gradient_vector(), _DIGEST)
+        self._exchange.begin(self._round, self._gradient, _DIGEST)
         self._round += 1
 
     def _finish(self) -> Traffic:

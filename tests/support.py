@@ -17,6 +17,7 @@ import grpc
 from common.config import JobSpec
 from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
+from common.node_memory import NodeMemory
 from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
@@ -67,14 +68,20 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = ()) -> Iterator[RunningServer]:
-    """A server of one shard on a free port of 127.0.0.1; ended on leaving, whatever happened."""
+def running_server(
+    spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = (), memory: NodeMemory | None = None
+) -> Iterator[RunningServer]:
+    """A server of one shard on a free port of 127.0.0.1; ended on leaving, whatever happened.
+
+    `memory`: that it shares with the worker of its own index.
+    """
     started: Future[RunningServer] = Future()
     log = io.StringIO()
 
     async def serve() -> None:
+        addresses = tuple(shard_addresses)
         options = ServerOptions(
-            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=tuple(shard_addresses)
+            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=addresses, memory=memory
         )
         server = Server(options, Emitter(f"server-{shard}", as_json=True, stream=log))
         running = RunningServer(server=server, loop=asyncio.get_running_loop(), log=log)
@@ -102,12 +109,12 @@ def running_server(spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[s
 
 
 @contextmanager
-def running_servers(spec: JobSpec) -> Iterator[list[RunningServer]]:
-    """All servers of a job; shard 0 knows the others' addresses."""
+def running_servers(spec: JobSpec, *, memory: NodeMemory | None = None) -> Iterator[list[RunningServer]]:
+    """All servers of a job; shard 0 knows the others' addresses, and shares `memory` with worker 0."""
     with ExitStack() as stack:
         others = [stack.enter_context(running_server(spec, shard=shard)) for shard in range(1, spec.servers)]
         addresses = ["coordinator", *(server.address for server in others)] if others else []
-        first = stack.enter_context(running_server(spec, shard_addresses=addresses))
+        first = stack.enter_context(running_server(spec, shard_addresses=addresses, memory=memory))
         yield [first, *others]
 
 

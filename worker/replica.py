@@ -25,7 +25,6 @@ from worker.selection import Selection
 METRICS_NAME = "@metrics"
 MODEL, OPTIMIZER, EMA = "model.", "optimizer.", "ema."
 """What the names of a checkpoint's tensors begin with."""
-WHOLE = slice(None)
 
 
 class Replica:
@@ -58,7 +57,6 @@ class Replica:
         self._counters = {n: b for n, b in model.named_buffers() if n in persistent and n not in self._buffers}
         self.selection = Selection()
         self._judged_buffers: list[Tensor] = []
-        self._gradient = np.empty(theta.numel(), np.float32)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -69,23 +67,6 @@ class Replica:
             *(TensorSpec(name=name, shape=tuple(b.shape), buffer=True) for name, b in self._buffers.items()),
             TensorSpec(name=METRICS_NAME, shape=(METRICS,), buffer=True),
         )
-
-    def gradient_vector(self, part: slice = WHOLE) -> Float32:
-        """The gradient on the host, float32 of shape (d,); on the CPU it is the gradient's own memory.
-
-        Elsewhere only `part` of it is brought to the host, and no other part of that memory is touched.
-        """
-        gradient = self.parameters.gradient
-        if gradient.device.type == "cpu":
-            return gradient.numpy()
-        torch.from_numpy(self._gradient)[part].copy_(gradient[part])
-        return self._gradient
-
-    def take_gradient(self, part: slice = WHOLE) -> None:
-        """Brings part of the vector of `gradient_vector`, which has become the average, to the model's device."""
-        gradient = self.parameters.gradient
-        if gradient.device.type != "cpu":
-            gradient[part].copy_(torch.from_numpy(self._gradient)[part])
 
     def state_vector(self, metrics: Float32) -> Float32:
         """Averaged buffers, then the metrics: float32 of shape (e,), new memory."""

@@ -18,6 +18,7 @@ from worker.curriculum import Curriculum
 from worker.data import BatchPlan, Dataset, augment, part_of_images
 from worker.evaluation import Evaluation, evaluate
 from worker.exchange.base import Exchange, Traffic
+from worker.exchange.gradients import gradient_memory
 from worker.local.team import Alone, Team
 from worker.metrics import RoundMetrics
 from worker.objectives import LocalCost, local_cost
@@ -88,7 +89,11 @@ class _Batch:
 
 @dataclass(kw_only=True)
 class _Stopwatch:
-    """Seconds by phase; on a GPU a phase ends when its work has."""
+    """Seconds by phase; on a GPU a phase ends when its work has.
+
+    Its work is that of the current stream. What the exchange does beside it goes on, and the threads that do it are not
+    waited for.
+    """
 
     device: torch.device
     timeline: Timeline
@@ -102,7 +107,7 @@ class _Stopwatch:
     def lap(self, phase: str) -> float:
         """Ends a phase and begins the next; returns its seconds."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.timeline.add(phase, self._last_ns, "rounds", round=self.round)
         now_s, self._last_ns = time.perf_counter(), self.timeline.now_ns()
         lap_s, self.last_s = now_s - self.last_s, now_s
@@ -147,9 +152,9 @@ class Trainer:
         self._replays = Replays(spec.attack.replays)
         self._stopping = self._overfitted = False
         self._digest = replica.parameter_digest()
+        self._gradient = gradient_memory(replica.parameters.gradient, layout, spec, self._team.exchanged)
         self._readiness = BucketReadiness(layout, exchange.ready)
-        # On other devices a gradient is final when its kernels are, not when they start; a part's is not the worker's.
-        self._overlaps = device.type == "cpu" and self._team.size == 1
+        self._overlaps = self._team.size == 1  # a part's gradient is not the worker's
         if self._overlaps:
             watch_layers(replica.parameters.parameters, self._readiness.layer_done)
         self._schedule = Schedule.of_job(spec, self.rounds)
@@ -244,18 +249,18 @@ class Trainer:
         return _Batch(images=images[part], labels=labels, start=start[part], noise=noise)
 
     def _compute_gradient(self, round_: int, batch: _Batch, perturbed: torch.Tensor) -> LocalCost:
-        """Forward and backward; on the CPU each bucket is pushed as soon as backward has finished it."""
+        """Forward and backward; a process that is alone pushes each bucket as soon as backward has finished it."""
         self.replica.parameters.zero_gradient()
         objective = self.spec.objective
         cost = local_cost(objective, self._model, batch.images, perturbed, batch.labels, noise_NSCHW=batch.noise)
         self._readiness.begin()
         if self._overlaps:
-            self._exchange.begin(round_, self.replica.gradient_vector(), self._digest)
+            self._exchange.begin(round_, self._gradient, self._digest)
             cost.loss.backward()
         else:
             cost.loss.backward()
             self._team.average_gradient(self.replica.parameters.gradient)
-            self._exchange.begin(round_, self.replica.gradient_vector(self._team.exchanged), self._digest)
+            self._exchange.begin(round_, self._gradient, self._digest)
         self._readiness.finish()
         return cost
 
@@ -276,7 +281,6 @@ class Trainer:
         )
         state = self._team.average_state(self.replica.state_vector(own.to_vector()))
         traffic = self._team.conclude(state, self._exchange.finish(state))
-        self.replica.take_gradient(self._team.exchanged)
         average = self.replica.take_state(state)
         return traffic, RoundMetrics.from_average(average, self.spec.workers)
 

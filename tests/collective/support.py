@@ -21,6 +21,7 @@ from common.wire.v1 import ps_pb2 as wire
 from tests.support import DEADLINE_S, DIGEST, TENSORS, introduce, job, ready
 from worker.exchange.base import Exchange, Traffic
 from worker.exchange.coordination import Admission, Coordination, End
+from worker.exchange.gradients import HostGradient
 from worker.exchange.nodes import Node, NodeOptions, make_node
 from worker.interruptions import AbortRelay
 
@@ -56,7 +57,7 @@ class CollectiveMember:
     ) -> Traffic:
         """A whole round of a gradient that is complete; zeros where nothing is given."""
         gradient = np.zeros(self.layout.d, np.float32) if gradient is None else gradient
-        self.exchange.begin(round_, gradient, parameter_digest)
+        self.exchange.begin(round_, HostGradient(gradient), parameter_digest)
         self.exchange.ready(bucket.number for bucket in self.layout.of_kind(BucketKind.GRADIENT))
         return self.exchange.finish(np.zeros(self.layout.e, np.float32) if state is None else state)
 

@@ -14,6 +14,7 @@ from common.layout import BucketKind, Layout, plan_layout, push_codec, state_cod
 from tests.collective.support import collective, collective_members
 from tests.support import DEADLINE_S, TENSORS, in_threads, job, members, running_server, running_servers
 from worker.exchange.base import Traffic
+from worker.exchange.gradients import HostGradient
 
 ROUNDS = 2
 ONE_SIDED = {
@@ -137,7 +138,7 @@ def test_a_bucket_is_exchanged_while_others_are_not_ready_yet() -> None:
         vectors = [np.full(layout.d, worker + 1, np.float32) for worker in range(2)]
         first = layout.buckets[0]
         for member, vector in zip(joined, vectors, strict=True):
-            member.exchange.begin(0, vector, b"d" * 16)
+            member.exchange.begin(0, HostGradient(vector), b"d" * 16)
             member.exchange.ready([first.number])
         for member in joined:
             exchange: Any = member.exchange

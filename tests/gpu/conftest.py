@@ -61,7 +61,8 @@ def native() -> Outcome:
     """What a program returns on the GPU."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here: the kernels are only interpreted and compiled, not run")
+    from tests.gpu.exchanges import EXCHANGE_PROGRAMS
     from tests.gpu.programs import PROGRAMS
     from tests.gpu.scenarios import SCENARIO_PROGRAMS
 
-    return lambda name: (PROGRAMS | SCENARIO_PROGRAMS)[name](torch.device("cuda"))
+    return lambda name: (PROGRAMS | SCENARIO_PROGRAMS | EXCHANGE_PROGRAMS)[name](torch.device("cuda"))

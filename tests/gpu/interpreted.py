@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.gpu.exchanges import EXCHANGE_PROGRAMS
 from tests.gpu.programs import PROGRAMS
 from tests.gpu.scenarios import SCENARIO_PROGRAMS
+from tests.gpu.trainings import TRAINING_PROGRAMS
 
 
 def main(path: Path) -> None:
@@ -24,7 +26,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     arrays = {}
     with np.errstate(invalid="ignore"):  # the interpreter casts the NaN of refused values to integers
-        for name, program in (PROGRAMS | SCENARIO_PROGRAMS).items():
+        for name, program in (PROGRAMS | SCENARIO_PROGRAMS | EXCHANGE_PROGRAMS | TRAINING_PROGRAMS).items():
             if name.endswith(" streams"):
                 continue
             try:

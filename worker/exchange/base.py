@@ -9,6 +9,7 @@ from typing import Protocol
 from common.codecs import Float32
 from worker.exchange.coordination import End
 from worker.exchange.feedback import ErrorFeedback
+from worker.exchange.gradients import GradientMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Traffic:
     Attributes:
         pushed_bytes: of this worker's messages to the servers, as serialized.
         pulled_bytes: of the servers' messages to this worker, as serialized.
-        seconds: from the first encoding until the last average was decoded.
+        seconds: from the first bucket that was said to be ready until the last average was decoded.
         waited_s: the part of it that the caller spent waiting in `finish`: what was not hidden behind its other work.
     """
 
@@ -40,12 +41,12 @@ class Exchange(Protocol):
     feedback: ErrorFeedback | None
     """What earlier rounds left unsent, if the codec is biased; to be saved and loaded between rounds only."""
 
-    def begin(self, round_: int, gradient: Float32, parameter_digest: bytes) -> None:
+    def begin(self, round_: int, gradient: GradientMemory, parameter_digest: bytes) -> None:
         """Begins a round.
 
         Args:
             round_: the round, each call one more than the last.
-            gradient: float32 of shape (d,); its buckets are replaced by the average that all workers decode.
+            gradient: of d elements; its buckets are replaced by the average that all workers decode.
             parameter_digest: of the parameters before this round.
 
         Raises:
@@ -54,7 +55,10 @@ class Exchange(Protocol):
         ...
 
     def ready(self, buckets: Iterable[int]) -> None:
-        """Says that these buckets of the gradient hold their final values. Returns at once; raises nothing."""
+        """Says that these buckets of the gradient hold their final values. Returns at once; raises nothing.
+
+        On a device: that they do once what the caller's current stream has been given is done.
+        """
         ...
 
     def finish(self, state: Float32) -> Traffic:

@@ -34,6 +34,7 @@ from common.timeline import OFF, Timeline
 from worker.exchange.base import Traffic
 from worker.exchange.coordination import GOOD_ENDINGS, Admission, End
 from worker.exchange.encoder import Encoder, require_finite
+from worker.exchange.gradients import GradientMemory, HostGradient
 from worker.exchange.group import Group, Pending, RollCall, first_line
 from worker.exchange.turns import Turns
 
@@ -84,7 +85,8 @@ class CollectiveExchange:
         self._held_bytes = 0
         self._round = 0
         self._digest = b""
-        self._gradient = self._state = np.empty(0, np.float32)
+        self._state: Float32 = np.empty(0, np.float32)
+        self._gradient: GradientMemory = HostGradient(self._state)
         self._started_s = 0.0
         self._said_farewell = False
         self._leaves_s: float | None = None
@@ -98,7 +100,7 @@ class CollectiveExchange:
         for thread in self._threads:
             thread.start()
 
-    def begin(self, round_: int, gradient: Float32, parameter_digest: bytes) -> None:
+    def begin(self, round_: int, gradient: GradientMemory, parameter_digest: bytes) -> None:
         """See `worker.exchange.base.Exchange`."""
         with self._condition:
             if self._failure:
@@ -112,9 +114,12 @@ class CollectiveExchange:
 
     def ready(self, buckets: Iterable[int]) -> None:
         """See `worker.exchange.base.Exchange`."""
+        numbers = tuple(buckets)
+        self._gradient.final(numbers)
+        self._to_start.put(self._gradient.start)
         with self._condition:
             self._started_s = self._started_s or time.perf_counter()
-            for bucket in self._turns.ready(buckets):
+            for bucket in self._turns.ready(numbers):
                 self._to_start.put(partial(self._start, bucket))
 
     def finish(self, state: Float32) -> Traffic:
@@ -123,6 +128,7 @@ class CollectiveExchange:
         self._state = state
         self.ready(bucket.number for bucket in self._layout.of_kind(BucketKind.STATE))
         self._wait_for_averages()
+        self._gradient.settle()
         now_s = time.perf_counter()
         return Traffic(
             pushed_bytes=self._link_bytes,
@@ -182,8 +188,9 @@ class CollectiveExchange:
         if not self._make_room(4 * bucket.n if summed else codec.wire_bytes(bucket.start, bucket.n)):
             return
         if summed:
-            self._encoder.check(bucket, self._values(bucket))
-            reduced = self._group.all_reduce(self._values(bucket))
+            values = self._gradient.fetch(bucket)
+            self._encoder.check(bucket, values)
+            reduced = self._group.all_reduce(values)
             self._under_way.put((reduced, lambda _: self._take_sum(bucket)))
         else:
             gathered = self._group.all_gather(self._encode(bucket, codec))
@@ -196,7 +203,8 @@ class CollectiveExchange:
         own = np.empty(codec.wire_bytes(bucket.start, bucket.n), np.uint8)
         edge = 4 * codec.scale_count(bucket.start, bucket.n)
         with self._timeline.span("encode", round=self._round, bucket=bucket.number):
-            encoded = self._encoder.encode(bucket, self._values(bucket), own[edge:])
+            values = self._room(bucket) if bucket.kind is BucketKind.STATE else None
+            encoded = self._encoder.encode(bucket, own[edge:], values=values)
         own[:edge] = encoded.scales.astype("<f4", copy=False).view(np.uint8)
         return own
 
@@ -253,34 +261,36 @@ class CollectiveExchange:
             self._condition.notify_all()
 
     def _take_sum(self, bucket: Bucket) -> None:
-        self._divide(bucket)
+        self._average(bucket)
         self._done(bucket.number, 4 * bucket.n)
 
     def _take_contributions(self, bucket: Bucket, codec: Codec, rows: NDArray[np.uint8]) -> None:
         """Equation (A3), in order of worker_index, as `ps.reduce` does it."""
-        values, edge = self._values(bucket), 4 * codec.scale_count(bucket.start, bucket.n)
+        values, edge = self._room(bucket), 4 * codec.scale_count(bucket.start, bucket.n)
         with self._timeline.span("decode", round=self._round, bucket=bucket.number):
             for worker, row in enumerate(rows):
                 key = RandomKey(seed=self._spec.seed, round=self._round, source=worker)
                 scales = row[:edge].copy().view("<f4").astype(np.float32, copy=False)
                 encoded = Encoded(scales=scales, payload=row[edge:])
                 codec.decode(encoded, bucket.start, values, add=worker > 0, key=key)
-            self._divide(bucket)
+            self._average(bucket)
         self._done(bucket.number, rows.shape[1])
 
-    def _divide(self, bucket: Bucket) -> None:
+    def _average(self, bucket: Bucket) -> None:
         """Makes a sum the average.
 
         Raises:
             CodecError: it is not finite.
         """
-        values = self._values(bucket)
+        values = self._room(bucket)
         np.divide(values, np.float32(self._spec.workers), out=values)
         try:
             require_finite(values, bucket, self._plain)
         except CodecError as error:
             where = f"average of round {self._round}, {bucket.kind.value} bucket {bucket.number}"
             raise CodecError(f"{error}; {where}") from None
+        if bucket.kind is BucketKind.GRADIENT:
+            self._gradient.store(bucket)
 
     def _done(self, number: int, freed_bytes: int) -> None:
         with self._condition:
@@ -293,9 +303,11 @@ class CollectiveExchange:
     def _is_summed(self, bucket: Bucket) -> bool:
         return bucket.kind is BucketKind.GRADIENT and self._spec.codec.name is CodecName.NONE
 
-    def _values(self, bucket: Bucket) -> Float32:
-        vector = self._state if bucket.kind is BucketKind.STATE else self._gradient
-        return vector[bucket.start : bucket.stop]
+    def _room(self, bucket: Bucket) -> Float32:
+        """Where the host has a bucket's values, or puts its average."""
+        if bucket.kind is BucketKind.GRADIENT:
+            return self._gradient.room(bucket)
+        return self._state[bucket.start : bucket.stop]
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Does some work of a thread; what goes wrong is the exchange's failure."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from common.codecs import BlockScales, Bytes, Codec, Encoded, Float32, RandomKey
@@ -11,8 +13,9 @@ from common.errors import CodecError
 from common.layout import Bucket, BucketKind, Layout, push_codec, state_codec
 from worker.exchange.coordination import Admission
 from worker.exchange.feedback import ErrorFeedback
+from worker.exchange.gradients import GradientMemory, HostGradient
 
-_NO_SCALES: Float32 = np.empty(0, np.float32)
+_NOTHING: Float32 = np.empty(0, np.float32)
 
 
 class Encoder:
@@ -20,45 +23,55 @@ class Encoder:
 
     def __init__(self, layout: Layout, spec: JobSpec, admission: Admission) -> None:
         self._layout = layout
-        self._seed = spec.seed
         self._workers = spec.workers
-        self._worker_index = admission.worker_index
         self._worker_id = admission.worker_ids[admission.worker_index]
         self._push = push_codec(layout, spec)
         self._plain = state_codec(layout)
         self.feedback = ErrorFeedback(layout.d) if self._push.biased else None
         """What earlier rounds left unsent; a worker's own state, of codecs that are biased."""
-        self._round = 0
-        self._gradient: Float32 = np.empty(0, np.float32)
+        self._key = RandomKey(seed=spec.seed, round=0, source=admission.worker_index)
+        self._gradient: GradientMemory = HostGradient(_NOTHING)
         self._measured: BlockScales | None = None
 
-    def begin(self, round_: int, gradient: Float32) -> None:
-        """A round begins; `gradient`: the whole vector, which need not be final yet."""
-        self._round, self._gradient, self._measured = round_, gradient, None
+    def begin(self, round_: int, gradient: GradientMemory) -> None:
+        """A round begins; `gradient`: none of its buckets need be final yet."""
+        self._key = replace(self._key, round=round_)
+        self._gradient, self._measured = gradient, None
+        gradient.begin(self._key)
 
     def codec_of(self, bucket: Bucket) -> Codec:
         """The codec of contributions to a bucket."""
         return self._push if bucket.kind is BucketKind.GRADIENT else self._plain
 
-    def encode(self, bucket: Bucket, values: Float32, payload: Bytes, shared: BlockScales | None = None) -> Encoded:
-        """Encodes a bucket of final values into `payload`; where the codec sees the whole vector, all of it is final.
+    def encode(
+        self, bucket: Bucket, payload: Bytes, *, values: Float32 | None = None, shared: BlockScales | None = None
+    ) -> Encoded:
+        """Encodes a bucket into `payload`.
 
-        `shared`: the scales that all workers share, for a gradient bucket of a codec that needs them.
+        Args:
+            bucket: said to be final; where the codec sees the whole gradient, all of it is.
+            payload: see `Codec.encode`.
+            values: of a bucket of another vector than the gradient.
+            shared: the scales that all workers share, for a gradient bucket of a codec that needs them.
 
         Raises:
             CodecError: a value is not finite or out of range; the message names bucket, layer, worker and round.
         """
-        codec = self.codec_of(bucket)
-        key = RandomKey(seed=self._seed, round=self._round, source=self._worker_index)
         try:
-            if self._measured is None and codec.needs_whole_vector:
-                self._measured = codec.measure(self._gradient, 0)
-            measured = self._measured if codec.needs_whole_vector else shared
-            if self.feedback is not None and bucket.kind is BucketKind.GRADIENT:
-                return self.feedback.encode(codec, values, bucket.start, key, measured, payload=payload)
-            return codec.encode(values, bucket.start, key, measured, payload=payload)
+            if values is not None:
+                return self._plain.encode(values, bucket.start, self._key, payload=payload)
+            return self._encode_gradient(bucket, payload, shared)
         except CodecError as error:
-            raise self._located(error, bucket, values) from None
+            raise self._located(error, bucket) from None
+
+    def _encode_gradient(self, bucket: Bucket, payload: Bytes, shared: BlockScales | None) -> Encoded:
+        codec, gradient = self._push, self._gradient
+        if self._measured is None and codec.needs_whole_vector:
+            self._measured = codec.measure(gradient.whole(), 0)
+        measured = self._measured if codec.needs_whole_vector else shared
+        if self.feedback is None:
+            return gradient.encode(codec, bucket, measured, payload)
+        return self.feedback.encode(codec, gradient.fetch(bucket), bucket.start, self._key, measured, payload=payload)
 
     def scales(self, bucket: Bucket) -> Float32:
         """The scales of a gradient bucket's blocks, of this worker alone: float32, one per block.
@@ -67,11 +80,10 @@ class Encoder:
             CodecError: as `encode`.
         """
         assert isinstance(self._push, SharedCodec)
-        values = self._gradient[bucket.start : bucket.stop]
         try:
-            return self._push.local_scales(values, bucket.start)
+            return self._push.local_scales(self._gradient.fetch(bucket), bucket.start)
         except CodecError as error:
-            raise self._located(error, bucket, values) from None
+            raise self._located(error, bucket) from None
 
     def average(self, sums: Float32, start: int, shared: BlockScales) -> None:
         """Turns the sums of the workers' integers into their average, in place."""
@@ -86,13 +98,15 @@ class Encoder:
         try:
             require_finite(values, bucket, self._plain)
         except CodecError as error:
-            raise self._located(error, bucket, values) from None
+            raise self._located(error, bucket) from None
 
-    def _located(self, error: CodecError, bucket: Bucket, values: Float32) -> CodecError:
-        where = f"{bucket.kind.value} bucket {bucket.number}, {self._worker_id}, round {self._round}"
+    def _located(self, error: CodecError, bucket: Bucket) -> CodecError:
+        where = f"{bucket.kind.value} bucket {bucket.number}, {self._worker_id}, round {self._key.round}"
         if bucket.kind is BucketKind.GRADIENT:
-            whole = self._push.needs_whole_vector  # which has seen it in whatever bucket it is
-            start, seen = (0, self._gradient) if whole else (bucket.start, values)
+            if self._push.needs_whole_vector:  # which has seen it in whatever bucket it is
+                start, seen = 0, self._gradient.whole()
+            else:
+                start, seen = bucket.start, self._gradient.fetch(bucket)
             bad = np.flatnonzero(~np.isfinite(seen))
             where += f", layer {self._layout.layer_at(start + int(bad[0]))}" if bad.size else ""
         return CodecError(f"{error}; {where}")
@@ -104,4 +118,4 @@ def require_finite(values: Float32, bucket: Bucket, plain: Codec) -> None:
     Raises:
         CodecError: names the value and its index.
     """
-    plain.check(Encoded(scales=_NO_SCALES, payload=values.view(np.uint8)), bucket.start, bucket.n)
+    plain.check(Encoded(scales=_NOTHING, payload=values.view(np.uint8)), bucket.start, bucket.n)

@@ -32,6 +32,7 @@ from worker import session as s
 from worker.exchange.base import Traffic
 from worker.exchange.coordination import LOOK_S, Admission, End, status_text, tensor_messages
 from worker.exchange.encoder import Encoder
+from worker.exchange.gradients import GradientMemory, HostGradient
 from worker.exchange.streams import ShardStream, StreamLoop
 from worker.exchange.turns import Turns
 
@@ -95,8 +96,9 @@ class ParameterServerExchange:
         self._scales: dict[int, Float32] = {}
         self._pushed_bytes = self._pulled_bytes = 0
         self._started_s, self._round, self._digest = 0.0, first_round - 1, b""
-        self._gradient = self._state = np.empty(0, np.float32)
-        self._to_encode: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+        self._state: Float32 = np.empty(0, np.float32)
+        self._gradient: GradientMemory = HostGradient(self._state)
+        self._to_encode: queue.SimpleQueue[tuple[Bucket, ...] | None] = queue.SimpleQueue()
         self._encoding = threading.Thread(target=self._encode_all, name="encode", daemon=True)
         self._loop = StreamLoop("streams")
         self._streams = self._make_streams()
@@ -129,7 +131,7 @@ class ParameterServerExchange:
         """Our own name."""
         return self._admission.worker_ids[self._admission.worker_index]
 
-    def begin(self, round_: int, gradient: Float32, parameter_digest: bytes) -> None:
+    def begin(self, round_: int, gradient: GradientMemory, parameter_digest: bytes) -> None:
         """See `worker.exchange.base.Exchange`."""
         with self._condition:
             self._wait_for(lambda: all(stream.incarnation is not None for stream in self._streams.values()))
@@ -143,11 +145,13 @@ class ParameterServerExchange:
 
     def ready(self, buckets: Iterable[int]) -> None:
         """See `worker.exchange.base.Exchange`."""
+        numbers = tuple(buckets)
+        self._gradient.final(numbers)
         with self._condition:
             self._started_s = self._started_s or time.perf_counter()
-            for bucket in self._turns.ready(buckets):
-                shares_scales = self._push.needs_shared_scales and bucket.kind is BucketKind.GRADIENT
-                self._to_encode.put(self._layout.scales_of(bucket) if shares_scales else bucket)
+            scales_first = {BucketKind.GRADIENT} if self._push.needs_shared_scales else set()
+            turn = self._turns.ready(numbers)
+            self._to_encode.put(tuple(self._layout.scales_of(b) if b.kind in scales_first else b for b in turn))
 
     def finish(self, state: Float32) -> Traffic:
         """See `worker.exchange.base.Exchange`."""
@@ -156,6 +160,7 @@ class ParameterServerExchange:
         self.ready(bucket.number for bucket in self._layout.of_kind(BucketKind.STATE))
         with self._condition:
             self._wait_for(lambda: not self._awaited)
+            self._gradient.settle()
             now_s = time.perf_counter()
             return Traffic(
                 pushed_bytes=self._pushed_bytes,
@@ -165,8 +170,8 @@ class ParameterServerExchange:
             )
 
     def average(self, round_: int, gradient: Float32, state: Float32, parameter_digest: bytes) -> Traffic:
-        """A whole round of a gradient that is complete: `begin`, `ready`, `finish`."""
-        self.begin(round_, gradient, parameter_digest)
+        """A whole round of a gradient that is complete, on the host: `begin`, `ready`, `finish`."""
+        self.begin(round_, HostGradient(gradient), parameter_digest)
         self.ready(bucket.number for bucket in self._layout.of_kind(BucketKind.GRADIENT))
         return self.finish(state)
 
@@ -231,9 +236,11 @@ class ParameterServerExchange:
     # Encoding, on a thread of its own
 
     def _encode_all(self) -> None:
-        while (bucket := self._to_encode.get()) is not None:
+        while (turn := self._to_encode.get()) is not None:
             try:
-                self._encode(bucket)
+                self._gradient.start()
+                for bucket in turn:
+                    self._encode(bucket)
             except DatpsError as error:
                 with self._condition:
                     self._set_failure(error)
@@ -262,7 +269,8 @@ class ParameterServerExchange:
         with self._timeline.span("encode", round=round_, bucket=bucket.number, kind=bucket.kind.value):
             if bucket.kind is BucketKind.SCALES:
                 self._scales[bucket.number] = self._encoder.scales(self._layout.scales_of(bucket))
-            encoded = self._encoder.encode(bucket, self._values(bucket), payload, self._shared(bucket))
+            values, shared = self._values(bucket), self._shared(bucket)
+            encoded = self._encoder.encode(bucket, payload, values=values, shared=shared)
         frame.put_scales(encoded.scales)
         with self._condition:
             self._kept[round_, bucket.number] = frame.data
@@ -276,11 +284,11 @@ class ParameterServerExchange:
         scales = self._layout.scales_of(bucket)
         return BlockScales(first_block=scales.start, values=self._scales[scales.number])
 
-    def _values(self, bucket: Bucket) -> Float32:
+    def _values(self, bucket: Bucket) -> Float32 | None:
+        """The values of a bucket of another vector than the gradient."""
         if bucket.kind is BucketKind.SCALES:
             return self._scales[bucket.number]
-        vector = self._state if bucket.kind is BucketKind.STATE else self._gradient
-        return vector[bucket.start : bucket.stop]
+        return self._state[bucket.start : bucket.stop] if bucket.kind is BucketKind.STATE else None
 
     def _perform(self, effects: Iterable[s.Effect]) -> None:
         """Performs effects; the condition is held. `Accept` is left to the caller, which decodes without it."""
@@ -356,19 +364,32 @@ class ParameterServerExchange:
         effects = self._event(s.AverageReceived(round=average.round, bucket=average.bucket))
         if not any(isinstance(effect, s.Accept) for effect in effects):
             return
+        if (average.round, average.bucket) not in self._kept:
+            where = f"round {average.round}, bucket {average.bucket}, server {stream.address}"
+            raise MismatchError(refusal("an average of what this worker has contributed to", "average", "early", where))
         with self._timeline.span("decode", round=average.round, bucket=bucket.number, kind=bucket.kind.value):
-            values, key = self._values(bucket), RandomKey(seed=self._spec.seed, round=average.round, source=SERVER)
-            codec.decode(encoded, bucket.start, values, add=False, key=key)
-            shared = self._shared(bucket)
-            if shared is not None:
-                self._encoder.average(values, bucket.start, shared)
+            self._decode(bucket, codec, encoded)
         if bucket.kind is BucketKind.SCALES:
-            self._to_encode.put(self._layout.scales_of(bucket))
+            self._to_encode.put((self._layout.scales_of(bucket),))
         with self._condition:
             self._awaited.discard(average.bucket)
             self._pulled_bytes += average.size_bytes + (len(encoded.payload) if stream.uses_memory else 0)
             if not self._awaited:
                 self._condition.notify_all()
+
+    def _decode(self, bucket: Bucket, codec: Codec, encoded: Encoded) -> None:
+        """Replaces a bucket by its average."""
+        key = RandomKey(seed=self._spec.seed, round=self._round, source=SERVER)
+        values, shared = self._values(bucket), self._shared(bucket)
+        if values is not None:
+            codec.decode(encoded, bucket.start, values, add=False, key=key)
+        elif shared is None:
+            self._gradient.decode(codec, bucket, encoded, key)
+        else:
+            values = self._gradient.room(bucket)
+            codec.decode(encoded, bucket.start, values, add=False, key=key)
+            self._encoder.average(values, bucket.start, shared)
+            self._gradient.store(bucket)
 
     def _expected(self, stream: ShardStream, average: BucketMessage) -> tuple[Bucket, Codec, Encoded]:
         """The bucket, codec and content of an average that is what it should be.

@@ -1,8 +1,8 @@
 """The GPU side of the codecs: Triton kernels that give the same bytes as the CPU, and transfers beside the main stream.
 
 `randomized.py` holds the host side of the kernels in `kernels.py`, `transfer.py` the way of a bucket between a device
-and the network. Importing this package needs neither torch nor Triton; its modules need both, so that servers, which
-have neither, must not import them.
+and the network, `queues.py` the streams beside the main one. Importing this package needs neither torch nor Triton; its
+modules need both (`queues.py` only torch), so that servers, which have neither, must not import them.
 """
 
 from __future__ import annotations
