@@ -43,6 +43,9 @@ def checked_content(contribution: BucketMessage, lane: Lane, reducer: ShardReduc
         size = len(contribution.scales)
         raise RefusedError(wire.REASON_CONTENT, refusal("whole float32 scales", "scale_bytes", size))
     if lane.memory:
+        if len(contribution.payload):
+            rule, size = "an empty payload (node_memory: it lies in shared memory)", len(contribution.payload)
+            raise RefusedError(wire.REASON_CONTENT, refusal(rule, "payload_bytes", size))
         encoded = replace(encoded, payload=lane.memory.contribution(contribution.round, number))
     try:
         reducer.check(number, contribution.codec, encoded)

@@ -17,6 +17,7 @@ import grpc
 from common.config import JobSpec
 from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
+from common.node_memory import NodeMemory
 from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
@@ -67,14 +68,21 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = ()) -> Iterator[RunningServer]:
+def running_server(
+    spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = (), memory: NodeMemory | None = None
+) -> Iterator[RunningServer]:
     """A server of one shard on a free port of 127.0.0.1; ended on leaving, whatever happened."""
     started: Future[RunningServer] = Future()
     log = io.StringIO()
 
     async def serve() -> None:
         options = ServerOptions(
-            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=tuple(shard_addresses)
+            spec=spec,
+            shard=shard,
+            host="127.0.0.1",
+            port=0,
+            shard_addresses=tuple(shard_addresses),
+            memory=memory,
         )
         server = Server(options, Emitter(f"server-{shard}", as_json=True, stream=log))
         running = RunningServer(server=server, loop=asyncio.get_running_loop(), log=log)
@@ -151,7 +159,13 @@ def ready(layout: Layout, **changes: Any) -> ReadyReplica:
     return ReadyReplica(**{**values, **changes})
 
 
-def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, round_: int = 0) -> Member:
+def join(
+    address: str,
+    worker_id: str,
+    tensors: Sequence[TensorSpec] = TENSORS,
+    round_: int = 0,
+    memory: NodeMemory | None = None,
+) -> Member:
     """A whole join; returns when the view has formed."""
     channel, coordination, spec = introduce(address, worker_id)
     layout = plan_layout(tensors, spec)
@@ -162,6 +176,7 @@ def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, 
         admission=admission,
         first_round=round_,
         emit=silent(),
+        memory=memory,
     )
     coordination.watch(exchange.fail)
     return Member(admission, coordination, exchange, layout, channel)
