@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from common.codecs import Codec, Encoded, Float32, RandomKey
-from common.config import MAXIMAL_BLOCK, BlockName, CodecName, CodecSpec, ExchangeSpec, JobSpec, ScaleNorm
+from common.config import MAXIMAL_BLOCK, BlockName, CodecName, CodecSpec, ExchangeSpec, JobSpec, ScaleNorm, Topology
 from common.errors import SpecError
 from common.layout import (
     MAXIMAL_ELEMENTS,
@@ -215,6 +215,17 @@ def test_buckets_are_no_smaller_than_they_need_to_be() -> None:
     layout = plan_layout([parameter(4 << 20)], job(bits=8, two_sided=True))
     assert len(layout.buckets) == 5
     assert len(plan_layout([parameter(2032 * 512)], job(bits=8, two_sided=True)).buckets) == 1
+
+
+@pytest.mark.parametrize(("topology", "most_bytes"), [("dedicated", 512 << 10), ("colocated", 1 << 20)])
+def test_where_nothing_is_said_buckets_of_shards_at_every_node_are_twice_as_large(
+    topology: str, most_bytes: int
+) -> None:
+    exchange = ExchangeSpec(topology=Topology(topology))
+    spec = JobSpec(workers=6, exchange=exchange, codec=CodecSpec(bits=8, two_sided=True))
+    layout = plan_layout([parameter(25_000_000)], spec)
+    largest = max(max(content_bytes(layout, spec, bucket)) for bucket in layout.buckets)
+    assert most_bytes * 3 / 4 < largest <= most_bytes
 
 
 def test_wider_direction_decides_the_size_of_a_bucket() -> None:
