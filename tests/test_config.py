@@ -79,7 +79,6 @@ CHANGED: dict[str, object] = {
 TOGETHER = {key: value for key, value in CHANGED.items() if key != "servers"}
 """All of them that go together: workers that hold the shards leave one server, the default."""
 
-every_key = pytest.mark.parametrize("key", CHANGED)
 FORM = re.compile(r"expected .+, got \S+=.* \(.+\)")
 FLOATS = [key for key, value in CHANGED.items() if isinstance(value, float)]
 
@@ -108,8 +107,12 @@ def value_of(spec: JobSpec, key: str) -> object:
     return value
 
 
-def default_of(key: str) -> object:
-    return value_of(JobSpec(), key)
+def values_of(specs: dict[str, JobSpec]) -> dict[str, object]:
+    """Of each key, in a spec of its own."""
+    return {key: value_of(spec, key) for key, spec in specs.items()}
+
+
+DEFAULTS = values_of(dict.fromkeys(CHANGED, JobSpec()))
 
 
 def refusal_of(*settings_: str, yaml_text: str | None = None, environment: dict[str, str] | None = None) -> str:
@@ -117,6 +120,17 @@ def refusal_of(*settings_: str, yaml_text: str | None = None, environment: dict[
         load_job_spec(settings=settings_, yaml_text=yaml_text, yaml_name="job.yaml", environment=environment)
     assert caught.value.exit_code == EXIT_USAGE
     return str(caught.value)
+
+
+def outcome_of(setting: str) -> JobSpec | str:
+    try:
+        return load_job_spec(settings=[setting])
+    except SpecError as error:
+        return str(error)
+
+
+def is_refusal(outcome: JobSpec | str) -> bool:
+    return isinstance(outcome, str) and FORM.fullmatch(outcome) is not None
 
 
 # Keys
@@ -139,11 +153,11 @@ def test_keys_come_with_their_defaults() -> None:
     assert defaults["model.width"] is None
 
 
-@every_key
-def test_digest_changes_with_every_key(key: str) -> None:
-    changed = load_job_spec(settings=[flag(key, CHANGED[key])])
-    assert value_of(changed, key) == CHANGED[key] != default_of(key)
-    assert changed.digest() != JobSpec().digest()
+def test_digest_changes_with_every_key() -> None:
+    changed = {key: load_job_spec(settings=[flag(key, value)]) for key, value in CHANGED.items()}
+    assert values_of(changed) == CHANGED
+    assert [key for key, value in DEFAULTS.items() if value == CHANGED[key]] == []
+    assert [key for key, spec in changed.items() if spec.digest() == JobSpec().digest()] == []
 
 
 def test_equal_values_from_different_places_give_the_equal_digest() -> None:
@@ -157,17 +171,23 @@ def test_equal_values_from_different_places_give_the_equal_digest() -> None:
 # Precedence
 
 
-@every_key
-def test_flag_beats_environment_beats_yaml_beats_default(key: str) -> None:
-    default, changed = default_of(key), CHANGED[key]
-    text = document(key, changed)
-    assert value_of(load_job_spec(), key) == default
-    assert value_of(load_job_spec(yaml_text=text), key) == changed
-    assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default)), key) == default
-    over_environment = load_job_spec(
-        yaml_text=document(key, default), environment=variable(key, changed), settings=[flag(key, default)]
-    )
-    assert value_of(over_environment, key) == default
+def test_flag_beats_environment_beats_yaml_beats_default_whatever_the_key() -> None:
+    both = {key: (DEFAULTS[key], changed) for key, changed in CHANGED.items()}
+    assert values_of(dict.fromkeys(CHANGED, load_job_spec())) == DEFAULTS
+    in_yaml = {key: load_job_spec(yaml_text=document(key, changed)) for key, changed in CHANGED.items()}
+    assert values_of(in_yaml) == CHANGED
+    over_yaml = {
+        key: load_job_spec(yaml_text=document(key, changed), environment=variable(key, default))
+        for key, (default, changed) in both.items()
+    }
+    assert values_of(over_yaml) == DEFAULTS
+    over_environment = {
+        key: load_job_spec(
+            yaml_text=document(key, default), environment=variable(key, changed), settings=[flag(key, default)]
+        )
+        for key, (default, changed) in both.items()
+    }
+    assert values_of(over_environment) == DEFAULTS
 
 
 def test_four_places_set_four_different_values() -> None:
@@ -229,10 +249,11 @@ def test_unknown_key_in_json_is_refused_with_the_nearest_key() -> None:
 # Values
 
 
-@pytest.mark.parametrize("key", [key for key in FLOATS if key not in ("optimizer.trust_low", "optimizer.trust_high")])
-def test_every_float_may_be_written_as_a_fraction(key: str) -> None:
-    assert value_of(load_job_spec(settings=[f"{key}=8/255"]), key) == 8 / 255
-    assert value_of(load_job_spec(yaml_text=document(key, "8 / 255")), key) == 8 / 255
+def test_every_float_may_be_written_as_a_fraction() -> None:
+    keys = [key for key in FLOATS if key not in ("optimizer.trust_low", "optimizer.trust_high")]
+    in_flags = {key: load_job_spec(settings=[f"{key}=8/255"]) for key in keys}
+    in_yaml = {key: load_job_spec(yaml_text=document(key, "8 / 255")) for key in keys}
+    assert values_of(in_flags) == values_of(in_yaml) == dict.fromkeys(keys, 8 / 255)
 
 
 def test_fractions_may_stand_in_lists() -> None:
@@ -240,10 +261,9 @@ def test_fractions_may_stand_in_lists() -> None:
     assert spec.schedule.decay_at == (2 / 3, 9 / 10)
 
 
-@pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-.inf", "1/0"])
-@pytest.mark.parametrize("key", FLOATS)
-def test_floats_that_are_no_finite_number_are_refused(key: str, text: str) -> None:
-    assert FORM.fullmatch(refusal_of(f"{key}={text}"))
+def test_floats_that_are_no_finite_number_are_refused() -> None:
+    wrong = [f"{key}={text}" for key in FLOATS for text in ("nan", ".nan", "inf", "-.inf", "1/0")]
+    assert [setting for setting in wrong if not is_refusal(outcome_of(setting))] == []
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
@@ -269,10 +289,10 @@ def test_other_blocks_are_refused(block: object) -> None:
     assert message.endswith(" (codec.block, --set)")
 
 
-@pytest.mark.parametrize("key", [key for key, value in CHANGED.items() if not isinstance(value, (bool, list, str))])
-def test_switch_is_no_number(key: str) -> None:
+def test_switch_is_no_number() -> None:
     """YAML reads `yes` and `on` as true; `workers: on` must not mean one worker."""
-    assert FORM.fullmatch(refusal_of(f"{key}=yes"))
+    wrong = [f"{key}=yes" for key, value in CHANGED.items() if not isinstance(value, (bool, list, str))]
+    assert [setting for setting in wrong if not is_refusal(outcome_of(setting))] == []
 
 
 @pytest.mark.parametrize(
@@ -337,13 +357,6 @@ def test_json_that_is_no_job_spec_is_refused(text: str) -> None:
     assert FORM.fullmatch(str(caught.value)), str(caught.value)
 
 
-def outcome_of(setting: str) -> JobSpec | str:
-    try:
-        return load_job_spec(settings=[setting])
-    except SpecError as error:
-        return str(error)
-
-
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_any_text_as_a_flag_is_taken_or_refused_with_a_reason(text: str) -> None:
@@ -384,7 +397,7 @@ def test_json_is_canonical_and_holds_every_key() -> None:
     text = JobSpec().to_json()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     assert job_spec_from_json('{"seed": 0}').to_json() == text
-    assert all(math.isfinite(value) for value in [default_of(key) for key in FLOATS] if isinstance(value, float))
+    assert all(math.isfinite(value) for value in [DEFAULTS[key] for key in FLOATS] if isinstance(value, float))
 
 
 # Defaults that depend on other keys
