@@ -43,21 +43,27 @@ class Speeds:
         }
 
 
-class _Timed:
-    """One codec with all its memory, called bucket by bucket."""
+class TimedCodec:
+    """One codec with all its memory, called bucket by bucket as a worker does: with error feedback, with scales."""
 
     def __init__(self, spec: CodecSpec, values: Float32, bucket: int) -> None:
+        """
+        Args:
+            spec: the codec.
+            values: what it encodes, the whole vector.
+            bucket: elements of a bucket, a multiple of the codec's alignment.
+        """
         d = len(values)
         self._values = values
         self._edges = [(a, min(a + bucket, d)) for a in range(0, d, bucket)]
-        self._codec: Codec = make_codec(spec, start=0, stop=d, layer_edges=(0, d))
-        self._feedback = ErrorFeedback(d) if self._codec.biased else None
-        self._payloads = [np.empty(self._codec.payload_bytes(a, b - a), np.uint8) for a, b in self._edges]
+        self.codec: Codec = make_codec(spec, start=0, stop=d, layer_edges=(0, d))
+        self._feedback = ErrorFeedback(d) if self.codec.biased else None
+        self._payloads = [np.empty(self.codec.payload_bytes(a, b - a), np.uint8) for a, b in self._edges]
         self._encoded: list[Encoded] = []
 
     def encode(self) -> None:
         """All buckets; with the scales of the whole vector where they are needed first."""
-        codec, values, measured = self._codec, self._values, None
+        codec, values, measured = self.codec, self._values, None
         if codec.needs_whole_vector:
             measured = codec.measure(values, 0)
         self._encoded = []
@@ -74,7 +80,7 @@ class _Timed:
     def decode(self, out: Float32) -> None:
         """Adds all buckets."""
         for (a, b), encoded in zip(self._edges, self._encoded, strict=True):
-            self._codec.decode(encoded, a, out[a:b], add=True, key=_KEY)
+            self.codec.decode(encoded, a, out[a:b], add=True, key=_KEY)
 
 
 def speeds_of(variants: Mapping[str, CodecSpec], plan: SpeedPlan, say: Callable[[str], None]) -> Speeds:
@@ -89,7 +95,7 @@ def speeds_of(variants: Mapping[str, CodecSpec], plan: SpeedPlan, say: Callable[
 
     for name, spec in variants.items():
         say(f"speed: {name}")
-        timed = _Timed(spec, values, plan.bucket)
+        timed = TimedCodec(spec, values, plan.bucket)
         timed.encode()
         timed.decode(out)  # compiled, and all memory is there
         encode = decode = float("inf")

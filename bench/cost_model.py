@@ -18,6 +18,10 @@ bucket):
     all-reduce    link: V / R each way, V = 2 (M - 1) / M 4 d; CPU: d a + B (u + 4 (M - 1) m') + 2 V b'
     all-gather    link: V / R each way, V = (M - 1) P; CPU: d (e + c + (M - 1) a) + B (u + 2 (M - 1) m') + 2 V b'
 
+Where workers share scales (codec `shared`), those of a bucket go all the way and back before it is encoded, in messages
+of their own: with C bytes of scales each way, P + C and Q + C stand for P and Q, 4 B for 2 B, and two messages for each
+of a step's in F.
+
 F is one step alone: the first bucket is encoded, the step is pushed, its last contribution added and averaged, the step
 pulled, its last bucket decoded; pushing and pulling take what their slowest resource does. `alpha`, the latency of a
 message from one process to the next, enters F twice, and for rings also L: the 2 (M - 1) or M - 1 hops of a bucket
@@ -85,12 +89,14 @@ class Load:
         elements: d.
         pushed_bytes, pulled_bytes: P and Q, payload of one worker.
         bucket_bytes: largest payload of a message, in the wider direction.
+        scale_bytes: C, of one worker and way; 0: no scales travel ahead.
     """
 
     elements: int
     pushed_bytes: int
     pulled_bytes: int
     bucket_bytes: int
+    scale_bytes: int = 0
 
     def buckets(self, shards: int) -> int:
         """B: as few buckets, a multiple of the shards, as keep each within `bucket_bytes`."""
@@ -177,8 +183,9 @@ class _Half:
 def _parameter_server(cluster: Cluster, load: Load, kernel: KernelRates, wire: WireRates) -> Prediction:
     m, s = cluster.workers, cluster.workers if cluster.kind is Kind.COLOCATED else cluster.shards
     buckets = load.buckets(s)
-    n, p, q = load.elements / buckets, load.pushed_bytes / buckets, load.pulled_bytes / buckets
-    push_s, pull_s = wire.message_s + p * wire.byte_s, wire.message_s + q * wire.byte_s
+    n, messages = load.elements / buckets, 2 if load.scale_bytes else 1
+    p, q = ((payload + load.scale_bytes) / buckets for payload in (load.pushed_bytes, load.pulled_bytes))
+    push_s, pull_s = messages * wire.message_s + p * wire.byte_s, messages * wire.message_s + q * wire.byte_s
     links = _links(cluster, s, p, q, bytes_per_s(cluster, wire))
     push = _Half(
         worker_s=s * (n * kernel.encode_s + push_s),
@@ -214,7 +221,7 @@ def _parameter_server(cluster: Cluster, load: Load, kernel: KernelRates, wire: W
     first_s = n * kernel.encode_s + push_s
     turn_s = push_s + n * (kernel.add_s + kernel.finish_s) + pull_s
     last_s = pull_s + n * kernel.decode_s
-    fill_s = _crowd(m, cluster) * (first_s + last_s) + _crowd(s, cluster) * turn_s + 2 * wire.latency_s
+    fill_s = _crowd(m, cluster) * (first_s + last_s) + _crowd(s, cluster) * turn_s + 2 * messages * wire.latency_s
     fill_s += push.seconds(cluster, s) + pull.seconds(cluster, s)
     return _pipeline({resource: steps * seconds for resource, seconds in per_step.items()}, fill_s, steps)
 

@@ -39,9 +39,9 @@ def shard_bytes(layout: Layout, spec: JobSpec) -> list[ShardBytes]:
     for shard in range(1 + max(bucket.shard for bucket in layout.buckets)):
         pull, pushed, pulled = pull_codec(layout, spec, shard), 0, 0
         for bucket in layout.of_shard(shard):
-            is_state = bucket.kind is BucketKind.STATE
-            pushed += (state if is_state else push).wire_bytes(bucket.start, bucket.n)
-            pulled += (state if is_state else pull).wire_bytes(bucket.start, bucket.n)
+            is_gradient = bucket.kind is BucketKind.GRADIENT  # the rest, scales too, is float32
+            pushed += (push if is_gradient else state).wire_bytes(bucket.start, bucket.n)
+            pulled += (pull if is_gradient else state).wire_bytes(bucket.start, bucket.n)
         result.append(ShardBytes(pushed=pushed, pulled=pulled))
     return result
 

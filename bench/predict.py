@@ -19,7 +19,8 @@ from bench.report import environment, table
 from bench.settings import TopologyKind as Where
 from bench.settings import encoded_by, parse_codec, parse_topology, rate_text
 from bench.tensors import tensors_of
-from common.config import ExchangeSpec, JobSpec
+from common.codecs import SharedCodec
+from common.config import MAXIMAL_SUM, CodecName, ExchangeSpec, JobSpec
 from common.config import Topology as JobTopology
 from common.errors import SpecError, refusal
 from common.layout import bucket_bytes_of, plan_layout, pull_codec, push_codec
@@ -95,9 +96,10 @@ def run_predict(measured: Path | None, rates: Path | None, question: Question, s
         SpecError: a file cannot be read or is something else, or a codec or topology is none.
         DatpsError: rates could not be measured.
     """
-    for topology in question.topologies:
-        for codec in question.codecs:
-            _spec(_codec_of(topology, codec), _default_bucket_bytes(topology))  # refused before anything is measured
+    for codec in question.codecs:  # refused before anything is measured
+        if not max(_most_workers(topology, codec) for topology in question.topologies):
+            rule = f"dedicated or colocated among the topologies (codec {codec}: servers add integers)"
+            raise SpecError(refusal(rule, "topology", ", ".join(question.topologies)))
     result = None if measured is None else _read(measured)
     known = Rates(_read(rates).get("rates", {}) if rates else {}, say)
     compared = [] if result is None else compare(result, known)
@@ -160,12 +162,15 @@ def _rows(question: Question, rate_bps: int, rates: Rates) -> Iterable[dict[str,
     for topology in question.topologies:
         codecs = dict.fromkeys(_codec_of(topology, codec) for codec in question.codecs)
         for codec in codecs:
-            said = [_ask(question, topology, codec, rate_bps, workers, rates) for workers in workers_shown()]
+            possible = [workers for workers in workers_shown() if workers <= _most_workers(topology, codec)]
+            if not possible:
+                continue
+            said = [_ask(question, topology, codec, rate_bps, workers, rates) for workers in possible]
             yield {
                 "topology": topology,
                 "codec": codec,
                 "rate_bits_per_s": rate_bps,
-                "workers": list(workers_shown()),
+                "workers": possible,
                 "round_s": [each.round_s for each in said],
                 "bound": [each.bound for each in said],
             }
@@ -174,11 +179,12 @@ def _rows(question: Question, rate_bps: int, rates: Rates) -> Iterable[dict[str,
 def _fastest(question: Question, rate_bps: int, rates: Rates) -> Iterable[dict[str, Any]]:
     """The crossover points, by codec."""
     for codec in question.codecs:
+        most = {topology: _most_workers(topology, codec) for topology in question.topologies}
 
         def at(workers: int, topology: str, codec: str = codec) -> float:
             return _ask(question, topology, _codec_of(topology, codec), rate_bps, workers, rates).round_s
 
-        for first, last, topology in fastest_ranges(at, question.topologies, MOST_WORKERS):
+        for first, last, topology in fastest_ranges(at, [name for name in most if most[name]], max(most.values())):
             yield {
                 "codec": codec,
                 "rate_bits_per_s": rate_bps,
@@ -197,7 +203,7 @@ def _ask(question: Question, topology: str, codec: str, rate_bps: int, workers: 
 
 def _situation(topology: str, spec: JobSpec, workers: int, rate_bps: int | None, elements: int) -> tuple[Cluster, Load]:
     """Cluster and load of one setting; cores are left to the caller."""
-    pushed, pulled = _payload_bytes(spec, elements)
+    pushed, pulled, scales = _bytes(spec, elements, workers)
     bucket_bytes, shards = bucket_bytes_of(spec.exchange), workers
     if topology == GLOO:
         kind, bucket_bytes = Kind.ALL_REDUCE, FLOAT32_BYTES * elements
@@ -207,7 +213,13 @@ def _situation(topology: str, spec: JobSpec, workers: int, rate_bps: int | None,
         kind = {Where.DEDICATED: Kind.DEDICATED, Where.COLOCATED: Kind.COLOCATED}.get(where.kind, Kind.ALL_GATHER)
         if kind is Kind.ALL_GATHER and pushed == FLOAT32_BYTES * elements:
             kind = Kind.ALL_REDUCE
-    load = Load(elements=elements, pushed_bytes=pushed, pulled_bytes=pulled, bucket_bytes=bucket_bytes)
+    load = Load(
+        elements=elements,
+        pushed_bytes=pushed,
+        pulled_bytes=pulled,
+        bucket_bytes=bucket_bytes,
+        scale_bytes=scales,
+    )
     return Cluster(kind=kind, workers=workers, shards=shards, rate_bps=rate_bps, cores_per_node=1), load
 
 
@@ -215,8 +227,18 @@ def _codec_of(topology: str, codec: str) -> str:
     return encoded_by(parse_topology(topology, 2), codec)
 
 
+def _most_workers(topology: str, codec: str) -> int:
+    """Up to how many workers a job can have both; 0: none can."""
+    spec = _spec(_codec_of(topology, codec), _default_bucket_bytes(topology)).codec
+    if spec.name is not CodecName.SHARED:
+        return MOST_WORKERS
+    if parse_topology(topology, 2).kind is Where.COLLECTIVE:
+        return 0
+    return min(MOST_WORKERS, MAXIMAL_SUM // ((1 << (spec.bits - 1)) - 1))
+
+
 _SPECS: dict[tuple[str, int], JobSpec] = {}
-_BYTES: dict[tuple[str, int], tuple[int, int]] = {}
+_BYTES: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
 
 def _default_bucket_bytes(topology: str) -> int:
@@ -232,13 +254,17 @@ def _spec(codec: str, bucket_bytes: int) -> JobSpec:
     return _SPECS[key]
 
 
-def _payload_bytes(spec: JobSpec, elements: int) -> tuple[int, int]:
-    """P and Q: what one worker pushes and pulls of one server that has everything."""
-    key = spec.codec.model_dump_json(), elements
+def _bytes(spec: JobSpec, elements: int, workers: int) -> tuple[int, int, int]:
+    """P, Q and C: what one worker pushes and pulls of one server that has everything, and scales that travel ahead."""
+    shared = spec.codec.name is CodecName.SHARED  # the sums of more workers are wider
+    key = spec.codec.model_dump_json(), elements, workers if shared else 0
     if key not in _BYTES:
         layout = plan_layout(tensors_of(elements), spec)
-        push, pull = push_codec(layout, spec), pull_codec(layout, spec, 0)
-        _BYTES[key] = push.wire_bytes(0, layout.d), pull.wire_bytes(0, layout.d)
+        push, scales = push_codec(layout, spec), 0
+        pull = pull_codec(layout, spec.model_copy(update={"workers": workers}), 0)
+        if isinstance(push, SharedCodec):
+            scales = FLOAT32_BYTES * len(push.blocks(0, layout.d))
+        _BYTES[key] = push.wire_bytes(0, layout.d), pull.wire_bytes(0, layout.d), scales
     return _BYTES[key]
 
 
@@ -271,7 +297,9 @@ def print_predict(result: dict[str, Any], console: Console) -> None:
         shown = table(f"{rate_text(rate_bps)}: seconds by workers", *map(str, workers_shown()))
         for row in result["predictions"]:
             if row["rate_bits_per_s"] == rate_bps:
-                shown.add_row(f"{row['topology']} {row['codec']}", *(f"{second:.3g}" for second in row["round_s"]))
+                seconds = dict(zip(row["workers"], row["round_s"], strict=True))
+                cells = [f"{seconds[workers]:.3g}" if workers in seconds else "-" for workers in workers_shown()]
+                shown.add_row(f"{row['topology']} {row['codec']}", *cells)
         console.print(shown)
         for codec in dict.fromkeys(each["codec"] for each in result["fastest"]):
             ranges = [

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from bench.codec_speed import TimedCodec
 from bench.cost_model import FLOAT32_BYTES, KernelRates, WireRates
 from bench.exchange import run_exchange
 from bench.measure import Orders
 from bench.processes import Say
 from bench.settings import parse_codec, parse_topology, plan_settings
 from bench.tensors import tensors_of
-from common.codecs import SERVER, RandomKey
-from common.layout import plan_layout, pull_codec, push_codec
+from common.codecs import SERVER, BlockScales, Encoded, RandomKey, SharedCodec
+from common.codecs.shared import average_of_sums
+from common.layout import plan_layout, pull_codec
 from common.spec_sources import load_job_spec
 
 _KERNEL_ELEMENTS = 1 << 20
@@ -39,29 +41,41 @@ class LoopbackRow:
 def kernel_rates(codec: str, elements: int = _KERNEL_ELEMENTS) -> KernelRates:
     """Rates of one codec on this machine; `codec`: the short form.
 
+    Encoding is what a worker does: with error feedback where the codec is biased, and codec `shared` with its scales.
+    The sums of `shared` are timed with the bits that a few workers need; with 16 bits they take about as long.
+
     Raises:
         SpecError: it is none.
     """
     spec = load_job_spec(settings=parse_codec(codec))
-    layout = plan_layout(tensors_of(elements), spec)
-    push, pull = push_codec(layout, spec), pull_codec(layout, spec, 0)
+    pull = pull_codec(plan_layout(tensors_of(elements), spec), spec, 0)
     values = np.random.default_rng(0).standard_normal(elements, dtype=np.float32)
-    key, back = RandomKey(seed=0, round=0, source=0), RandomKey(seed=0, round=0, source=SERVER)
-    total, result = values.copy(), np.empty_like(values)
-    measured = push.measure(values, 0)
-    payload = np.empty(push.payload_bytes(0, elements), np.uint8)
+    worker, scales = TimedCodec(spec.codec, values, elements), None
+    worker.encode()
+    total, result = values.copy(), np.zeros_like(values)
+    if isinstance(worker.codec, SharedCodec):
+        scales = BlockScales(first_block=0, values=worker.codec.local_scales(values, 0))
+        total.fill(0)
+        worker.decode(total)  # integers
+    back = RandomKey(seed=0, round=0, source=SERVER)
     way_back = np.empty(pull.payload_bytes(0, elements), np.uint8)
-    pushed = push.encode(values, 0, key, measured, payload=payload)
-    pulled = pull.encode(values, 0, back, pull.measure(values, 0), payload=way_back)
 
-    def finish() -> None:
-        np.divide(total, np.float32(1), out=total)
-        pull.encode(total, 0, back, pull.measure(total, 0), payload=way_back)
+    def finish() -> Encoded:
+        if scales is None:
+            np.divide(total, np.float32(1), out=total)
+        return pull.encode(total, 0, back, pull.measure(total, 0), payload=way_back)
+
+    pulled = finish()
+
+    def decode() -> None:
+        pull.decode(pulled, 0, result, add=False, key=back)
+        if scales is not None:
+            average_of_sums(worker.codec, result, 0, scales, spec.workers)
 
     return KernelRates(
-        encode_s=_per_element(lambda: push.encode(values, 0, key, push.measure(values, 0), payload=payload), elements),
-        decode_s=_per_element(lambda: pull.decode(pulled, 0, result, add=False, key=back), elements),
-        add_s=_per_element(lambda: push.decode(pushed, 0, result, add=True, key=key), elements),
+        encode_s=_per_element(worker.encode, elements),
+        decode_s=_per_element(decode, elements),
+        add_s=_per_element(lambda: worker.decode(result), elements),
         finish_s=_per_element(finish, elements),
     )
 

@@ -200,7 +200,7 @@ class ExchangeSpec(Section):
     topology: Topology = Topology.DEDICATED
     """Who averages: `dedicated` servers, `colocated` (every worker's node runs a shard) or `collective` (no server)."""
     bucket_bytes: int | None = Field(default=None, ge=1 << 10, le=(4 << 20) - (1 << 16))
-    """Upper bound of one message's payload, in the wider direction; where absent, 2 MiB (colocated) or 512 KiB."""
+    """Upper bound of one message's payload, in the wider direction; where absent, 1 MiB (colocated) or 512 KiB."""
     window_bytes: int = Field(default=16 << 20, ge=1 << 10)
     """How much a server reads of a worker's contributions to buckets that others have yet to contribute to."""
     read_ahead_bytes: int = Field(default=512 << 10, ge=64 << 10, le=1 << 30)

@@ -188,7 +188,7 @@ def bucket_bytes_of(exchange: ExchangeSpec) -> int:
     """`bucket_bytes`, or what it is where absent: shards at every node make many streams of few buckets each."""
     if exchange.bucket_bytes is not None:
         return exchange.bucket_bytes
-    return 2 << 20 if exchange.topology is Topology.COLOCATED else 512 << 10
+    return 1 << 20 if exchange.topology is Topology.COLOCATED else 512 << 10
 
 
 def push_codec(layout: Layout, spec: JobSpec) -> Codec:

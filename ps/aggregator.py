@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -26,6 +25,7 @@ from common.wire.frames import BucketMessage
 from common.wire.v1 import ps_pb2 as wire
 from ps import rounds as r
 from ps.averages import AverageMessage, publish
+from ps.contributions import checked_content
 from ps.greeting import Expectation, hello_refusal, tensors_from
 from ps.lanes import Lane, Lanes
 from ps.membership import FormView
@@ -35,8 +35,6 @@ from ps.streams import Outbox, first_message, kind_of, serve_stream
 
 MAXIMAL_REFUSALS = 32
 """Refused contributions after which a stream is closed: its worker does not speak our protocol."""
-DIGEST_BYTES = 16
-"""Of XXH3-128."""
 SPARE_MESSAGES = 256
 """Room in an outbox beside two rounds of averages."""
 
@@ -261,19 +259,8 @@ class Aggregator:
         """Checks a contribution's content and hands it to the rounds; False if it was refused."""
         assert self._reducer is not None
         number, who = contribution.bucket, self._worker_ids[lane.worker]
-        encoded = contribution.encoded
         try:
-            if contribution.incarnation != self._incarnation:
-                rule = f"incarnation={self._incarnation}"
-                raise RefusedError(wire.REASON_INCARNATION, refusal(rule, "incarnation", contribution.incarnation))
-            if len(contribution.parameter_digest) != DIGEST_BYTES:
-                size = len(contribution.parameter_digest)
-                text = refusal(f"a digest of {DIGEST_BYTES} bytes", "digest_bytes", size)
-                raise RefusedError(wire.REASON_CONTENT, text)
-            if number in self._reducer.buckets:
-                if lane.memory and encoded is not None:
-                    encoded = replace(encoded, payload=lane.memory.contribution(contribution.round, number))
-                self._check(contribution, encoded, lane)
+            encoded = checked_content(contribution, lane, self._reducer, self._incarnation)
         except RefusedError as refused:
             where = f"round {contribution.round}, bucket {number}, {who}"
             self._refuse(lane.outbox, refused.reason, f"{refused.text} ({where})", contribution)
@@ -286,25 +273,6 @@ class Aggregator:
             parameter_digest=contribution.parameter_digest,
         )
         return self._event(event, lane, encoded)
-
-    def _check(self, contribution: BucketMessage, encoded: Encoded | None, lane: Lane) -> None:
-        """Checks what is in a contribution to a bucket of this shard.
-
-        Raises:
-            RefusedError: it is not what this stream carries, or not well encoded.
-        """
-        assert self._reducer is not None
-        if contribution.bucket not in lane.buckets:
-            raise RefusedError(wire.REASON_BUCKET, refusal("a bucket of this stream", "bucket", contribution.bucket))
-        if encoded is None:
-            size = len(contribution.scales)
-            raise RefusedError(wire.REASON_CONTENT, refusal("whole float32 scales", "scale_bytes", size))
-        try:
-            self._reducer.check(contribution.bucket, contribution.codec, encoded)
-        except CodecError as error:
-            expected = self._reducer.push_codec_of(contribution.bucket).wire_name
-            reason = wire.REASON_CONTENT if contribution.codec == expected else wire.REASON_CODEC
-            raise RefusedError(reason, str(error)) from None
 
     def _event(self, event: r.Event, lane: Lane | None = None, encoded: Encoded | None = None) -> bool:
         assert self._rounds is not None

@@ -6,13 +6,15 @@ import asyncio
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
+from torch import Tensor
 
 from common.config import JobSpec
 from common.events import Emitter
@@ -22,8 +24,11 @@ from common.spec_sources import load_job_spec
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
 from ps.server import Server, ServerOptions
+from worker.checkpoint import Checkpoint
+from worker.data import Dataset
 from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
 from worker.exchange.ps import ParameterServerExchange
+from worker.record import describe_data
 
 DEADLINE_S = 20.0
 DIGEST = b"d" * 16
@@ -158,7 +163,13 @@ def ready(layout: Layout, **changes: Any) -> ReadyReplica:
     return ReadyReplica(**{**values, **changes})
 
 
-def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, round_: int = 0) -> Member:
+def join(
+    address: str,
+    worker_id: str,
+    tensors: Sequence[TensorSpec] = TENSORS,
+    round_: int = 0,
+    memory: NodeMemory | None = None,
+) -> Member:
     """A whole join; returns when the view has formed."""
     channel, coordination, spec = introduce(address, worker_id)
     layout = plan_layout(tensors, spec)
@@ -169,6 +180,7 @@ def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, 
         admission=admission,
         first_round=round_,
         emit=silent(),
+        memory=memory,
     )
     coordination.watch(exchange.fail)
     return Member(admission, coordination, exchange, layout, channel)
@@ -192,3 +204,20 @@ def in_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
     """Runs functions at the same time; their results, or the first exception."""
     with ThreadPoolExecutor(len(work)) as pool:
         return [future.result(DEADLINE_S) for future in [pool.submit(function) for function in work]]
+
+
+def checkpoint_of(spec: JobSpec, dataset: Dataset, tensors: Mapping[str, Tensor], round_: int) -> Checkpoint:
+    """What `save_checkpoint` and `load_checkpoint` would make of a state after round `round_` of 1,000."""
+    return Checkpoint(
+        path=Path("nowhere"),
+        spec=spec,
+        round=round_,
+        rounds=1000,
+        classes=len(dataset.classes),
+        in_channels=dataset.in_channels,
+        image_size=dataset.image_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        data=describe_data(dataset),
+        tensors=tensors,
+    )

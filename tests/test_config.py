@@ -109,7 +109,6 @@ BESIDE = {
 TOGETHER = {key: value for key, value in CHANGED.items() if key not in ("servers", "attack.replays")}
 """All of them that go together: workers that hold the shards leave one server, the default."""
 
-every_key = pytest.mark.parametrize("key", CHANGED)
 FORM = re.compile(r"expected .+, got \S+=.* \(.+\)")
 FLOATS = [key for key, value in CHANGED.items() if isinstance(value, float)]
 
@@ -142,8 +141,12 @@ def value_of(spec: JobSpec, key: str) -> object:
     return value
 
 
-def default_of(key: str) -> object:
-    return value_of(JobSpec(), key)
+def values_of(specs: dict[str, JobSpec]) -> dict[str, object]:
+    """Of each key, in a spec of its own."""
+    return {key: value_of(spec, key) for key, spec in specs.items()}
+
+
+DEFAULTS = values_of(dict.fromkeys(CHANGED, JobSpec()))
 
 
 def refusal_of(*settings_: str, yaml_text: str | None = None, environment: dict[str, str] | None = None) -> str:
@@ -151,6 +154,17 @@ def refusal_of(*settings_: str, yaml_text: str | None = None, environment: dict[
         load_job_spec(settings=settings_, yaml_text=yaml_text, yaml_name="job.yaml", environment=environment)
     assert caught.value.exit_code == EXIT_USAGE
     return str(caught.value)
+
+
+def outcome_of(setting: str) -> JobSpec | str:
+    try:
+        return load_job_spec(settings=[setting])
+    except SpecError as error:
+        return str(error)
+
+
+def is_refusal(outcome: JobSpec | str) -> bool:
+    return isinstance(outcome, str) and FORM.fullmatch(outcome) is not None
 
 
 # Keys
@@ -173,11 +187,12 @@ def test_keys_come_with_their_defaults() -> None:
     assert defaults["model.width"] is None
 
 
-@every_key
-def test_digest_changes_with_every_key(key: str) -> None:
-    changed = load_job_spec(settings=[*beside(key), flag(key, CHANGED[key])])
-    assert value_of(changed, key) == CHANGED[key] != default_of(key)
-    assert changed.digest() != load_job_spec(settings=beside(key)).digest()
+def test_digest_changes_with_every_key() -> None:
+    changed = {key: load_job_spec(settings=[*beside(key), flag(key, value)]) for key, value in CHANGED.items()}
+    unchanged = {key: load_job_spec(settings=beside(key)).digest() for key in CHANGED}
+    assert values_of(changed) == CHANGED
+    assert [key for key, value in DEFAULTS.items() if value == CHANGED[key]] == []
+    assert [key for key, spec in changed.items() if spec.digest() == unchanged[key]] == []
 
 
 def test_equal_values_from_different_places_give_the_equal_digest() -> None:
@@ -191,17 +206,27 @@ def test_equal_values_from_different_places_give_the_equal_digest() -> None:
 # Precedence
 
 
-@every_key
-def test_flag_beats_environment_beats_yaml_beats_default(key: str) -> None:
-    default, changed, more = default_of(key), CHANGED[key], beside(key)
-    text = document(key, changed)
-    assert value_of(load_job_spec(), key) == default
-    assert value_of(load_job_spec(yaml_text=text, settings=more), key) == changed
-    assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default), settings=more), key) == default
-    over_environment = load_job_spec(
-        yaml_text=document(key, default), environment=variable(key, changed), settings=[*more, flag(key, default)]
-    )
-    assert value_of(over_environment, key) == default
+def test_flag_beats_environment_beats_yaml_beats_default_whatever_the_key() -> None:
+    both = {key: (DEFAULTS[key], changed) for key, changed in CHANGED.items()}
+    assert values_of(dict.fromkeys(CHANGED, load_job_spec())) == DEFAULTS
+    in_yaml = {
+        key: load_job_spec(yaml_text=document(key, changed), settings=beside(key)) for key, changed in CHANGED.items()
+    }
+    assert values_of(in_yaml) == CHANGED
+    over_yaml = {
+        key: load_job_spec(yaml_text=document(key, changed), environment=variable(key, default), settings=beside(key))
+        for key, (default, changed) in both.items()
+    }
+    assert values_of(over_yaml) == DEFAULTS
+    over_environment = {
+        key: load_job_spec(
+            yaml_text=document(key, default),
+            environment=variable(key, changed),
+            settings=[*beside(key), flag(key, default)],
+        )
+        for key, (default, changed) in both.items()
+    }
+    assert values_of(over_environment) == DEFAULTS
 
 
 def test_four_places_set_four_different_values() -> None:
@@ -263,10 +288,11 @@ def test_unknown_key_in_json_is_refused_with_the_nearest_key() -> None:
 # Values
 
 
-@pytest.mark.parametrize("key", [key for key in FLOATS if key not in ("optimizer.trust_low", "optimizer.trust_high")])
-def test_every_float_may_be_written_as_a_fraction(key: str) -> None:
-    assert value_of(load_job_spec(settings=[f"{key}=8/255"]), key) == 8 / 255
-    assert value_of(load_job_spec(yaml_text=document(key, "8 / 255")), key) == 8 / 255
+def test_every_float_may_be_written_as_a_fraction() -> None:
+    keys = [key for key in FLOATS if key not in ("optimizer.trust_low", "optimizer.trust_high")]
+    in_flags = {key: load_job_spec(settings=[f"{key}=8/255"]) for key in keys}
+    in_yaml = {key: load_job_spec(yaml_text=document(key, "8 / 255")) for key in keys}
+    assert values_of(in_flags) == values_of(in_yaml) == dict.fromkeys(keys, 8 / 255)
 
 
 def test_fractions_may_stand_in_lists() -> None:
@@ -274,10 +300,9 @@ def test_fractions_may_stand_in_lists() -> None:
     assert spec.schedule.decay_at == (2 / 3, 9 / 10)
 
 
-@pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-.inf", "1/0"])
-@pytest.mark.parametrize("key", FLOATS)
-def test_floats_that_are_no_finite_number_are_refused(key: str, text: str) -> None:
-    assert FORM.fullmatch(refusal_of(f"{key}={text}"))
+def test_floats_that_are_no_finite_number_are_refused() -> None:
+    wrong = [f"{key}={text}" for key in FLOATS for text in ("nan", ".nan", "inf", "-.inf", "1/0")]
+    assert [setting for setting in wrong if not is_refusal(outcome_of(setting))] == []
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
@@ -303,10 +328,10 @@ def test_other_blocks_are_refused(block: object) -> None:
     assert message.endswith(" (codec.block, --set)")
 
 
-@pytest.mark.parametrize("key", [key for key, value in CHANGED.items() if not isinstance(value, (bool, list, str))])
-def test_switch_is_no_number(key: str) -> None:
+def test_switch_is_no_number() -> None:
     """YAML reads `yes` and `on` as true; `workers: on` must not mean one worker."""
-    assert FORM.fullmatch(refusal_of(f"{key}=yes"))
+    wrong = [f"{key}=yes" for key, value in CHANGED.items() if not isinstance(value, (bool, list, str))]
+    assert [setting for setting in wrong if not is_refusal(outcome_of(setting))] == []
 
 
 @pytest.mark.parametrize(
@@ -383,13 +408,6 @@ def test_json_that_is_no_job_spec_is_refused(text: str) -> None:
     assert FORM.fullmatch(str(caught.value)), str(caught.value)
 
 
-def outcome_of(setting: str) -> JobSpec | str:
-    try:
-        return load_job_spec(settings=[setting])
-    except SpecError as error:
-        return str(error)
-
-
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_any_text_as_a_flag_is_taken_or_refused_with_a_reason(text: str) -> None:
@@ -443,7 +461,7 @@ def test_json_is_canonical_and_holds_every_key() -> None:
     text = JobSpec().to_json()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     assert job_spec_from_json('{"seed": 0}').to_json() == text
-    assert all(math.isfinite(value) for value in [default_of(key) for key in FLOATS] if isinstance(value, float))
+    assert all(math.isfinite(value) for value in [DEFAULTS[key] for key in FLOATS] if isinstance(value, float))
 
 
 # Defaults that depend on other keys

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -91,6 +91,11 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(path)))
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -101,14 +106,33 @@ def modules_of(room: str) -> list[Path]:
 
 PRODUCT = [path for room in ROOMS for path in modules_of(room)]
 PURE = sorted({path for pattern in PURE_PATTERNS for path in ROOT.glob(pattern)})
-every_file = pytest.mark.parametrize("path", PRODUCT, ids=name_of)
-every_pure_file = pytest.mark.parametrize("path", PURE, ids=name_of)
+Check = Callable[[Path], list[str]]
+"""What is wrong with a file, each finding with the file's name."""
+CHECKS: dict[str, Check] = {}
+"""By the name of the test that makes it of all files."""
+
+
+def of_all(paths: Sequence[Path]) -> Callable[[Check], Callable[[], None]]:
+    """Makes a test of a check: it shows the findings of all files, and there must be none."""
+
+    def decorate(check: Check) -> Callable[[], None]:
+        CHECKS[check.__name__] = check
+
+        def test() -> None:
+            assert [finding for path in paths for finding in check(path)] == []
+
+        return test
+
+    return decorate
+
+
+every_file, every_pure_file = of_all(PRODUCT), of_all(PURE)
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything imported; for `from a import b` that is `a.b`."""
     package = ".".join(path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -123,12 +147,12 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
 def names_in(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of every name used, the first part as it was imported: `np.random` is `numpy.random`."""
     aliases: dict[str, str] = {}
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             aliases |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, (ast.Attribute, ast.Name)):
             dotted = dotted_name(node)
             if dotted:
@@ -148,7 +172,7 @@ def dotted_name(node: ast.expr) -> str:
 
 def calls_in(path: Path) -> Iterator[tuple[int, str, ast.Call]]:
     """Line, last part of the name, and node of every call; a method of an expression counts by its own name."""
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             function = node.func
             if isinstance(function, ast.Attribute):
@@ -168,14 +192,13 @@ def test_rooms_hold_the_files_that_this_test_reads() -> None:
 
 
 @every_file
-def test_imports_point_one_way(path: Path) -> None:
+def test_imports_point_one_way(path: Path) -> list[str]:
     room = path.relative_to(ROOT).parts[0]
-    wrong = [
+    return [
         f"{name_of(path)}:{line} imports {name}"
         for line, name in imports_of(path)
         if name.split(".")[0] in {*ROOMS, "tests", "proto"} - ROOMS[room] - DOORS.get(name_of(path), set())
     ]
-    assert wrong == []
 
 
 def test_no_module_of_ours_is_called_proto() -> None:
@@ -186,40 +209,37 @@ def test_no_module_of_ours_is_called_proto() -> None:
 
 
 @every_pure_file
-def test_pure_module_imports_no_input_output_clock_thread_or_random_state(path: Path) -> None:
-    wrong = [
+def test_pure_module_imports_no_input_output_clock_thread_or_random_state(path: Path) -> list[str]:
+    return [
         f"{name_of(path)}:{line} imports {name}"
         for line, name in imports_of(path)
         if name.split(".")[0] in IMPURE_MODULES
     ]
-    assert wrong == []
 
 
 @every_pure_file
-def test_pure_module_imports_only_pure_modules_of_ours(path: Path) -> None:
+def test_pure_module_imports_only_pure_modules_of_ours(path: Path) -> list[str]:
     pure = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in PURE}
     pure |= {"common", "ps", "worker"}
     pure |= {"common.codecs.cpu", *(f"common.codecs.cpu.{file.stem}" for file in ROOT.glob("common/codecs/cpu/*.py"))}
-    wrong = [
+    return [
         f"{name_of(path)}:{line} imports {name}"
         for line, name in imports_of(path)
         if name.split(".")[0] in ROOMS and name not in pure and name.rpartition(".")[0] not in pure
     ]
-    assert wrong == []
 
 
 @every_pure_file
-def test_pure_module_calls_no_input_or_output(path: Path) -> None:
-    wrong = [
+def test_pure_module_calls_no_input_or_output(path: Path) -> list[str]:
+    return [
         f"{name_of(path)}:{line} calls {name}"
         for line, name, call in calls_in(path)
         if isinstance(call.func, ast.Name) and name in IMPURE_CALLS
     ]
-    assert wrong == []
 
 
 @every_pure_file
-def test_pure_module_leaves_the_global_random_state_alone(path: Path) -> None:
+def test_pure_module_leaves_the_global_random_state_alone(path: Path) -> list[str]:
     wrong = [
         f"{name_of(path)}:{line} uses {name}"
         for line, name in [*names_in(path), *imports_of(path)]
@@ -230,20 +250,19 @@ def test_pure_module_leaves_the_global_random_state_alone(path: Path) -> None:
         for line, name, call in calls_in(path)
         if name in TAKES_A_GENERATOR and not any(keyword.arg == "generator" for keyword in call.keywords)
     ]
-    assert wrong == []
+    return wrong
 
 
 @every_pure_file
-def test_pure_module_keeps_no_state_in_globals(path: Path) -> None:
-    wrong = [f"{name_of(path)}:{node.lineno}" for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
-    assert wrong == []
+def test_pure_module_keeps_no_state_in_globals(path: Path) -> list[str]:
+    return [f"{name_of(path)}:{node.lineno}" for node in nodes_of(path) if isinstance(node, ast.Global)]
 
 
 # Forbidden everywhere
 
 
 @every_file
-def test_nothing_is_evaluated_or_unpickled(path: Path) -> None:
+def test_nothing_is_evaluated_or_unpickled(path: Path) -> list[str]:
     builtins = [
         f"{name_of(path)}:{line} calls {name}"
         for line, name, call in calls_in(path)
@@ -256,11 +275,11 @@ def test_nothing_is_evaluated_or_unpickled(path: Path) -> None:
     ]
     forbidden = {"torch.load", "torch.hub", "numpy.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
     loads = [f"{name_of(path)}:{line} uses {name}" for line, name in names_in(path) if name in forbidden]
-    assert builtins + pickles + loads == []
+    return builtins + pickles + loads
 
 
 @every_file
-def test_nothing_asks_for_a_shell(path: Path) -> None:
+def test_nothing_asks_for_a_shell(path: Path) -> list[str]:
     wrong = [
         f"{name_of(path)}:{line}"
         for line, _, call in calls_in(path)
@@ -268,29 +287,29 @@ def test_nothing_asks_for_a_shell(path: Path) -> None:
         if keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
     ]
     wrong += [f"{name_of(path)}:{line}" for line, name in names_in(path) if name in {"os.system", "os.popen"}]
-    assert wrong == []
+    return wrong
 
 
 # Size
 
 
 @every_file
-def test_file_has_one_subject_and_says_so_in_its_first_line(path: Path) -> None:
+def test_file_has_one_subject_and_says_so_in_its_first_line(path: Path) -> list[str]:
     text = path.read_text()
-    assert not text or (ast.get_docstring(tree_of(path)) or "").strip(), name_of(path)
+    return [name_of(path)] if text and not (ast.get_docstring(tree_of(path)) or "").strip() else []
 
 
 @every_file
-def test_file_is_not_too_long(path: Path) -> None:
+def test_file_is_not_too_long(path: Path) -> list[str]:
     lines = len(path.read_text().splitlines())
-    assert lines <= FILE_LINES, f"{name_of(path)} has {lines} lines"
+    return [f"{name_of(path)} has {lines} lines"] if lines > FILE_LINES else []
 
 
 @every_file
-def test_functions_are_not_too_long(path: Path) -> None:
-    functions = (n for n in ast.walk(tree_of(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+def test_functions_are_not_too_long(path: Path) -> list[str]:
+    functions = (n for n in nodes_of(path) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
     lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions}
-    assert {name: lines for name, lines in lengths.items() if lines > FUNCTION_LINES} == {}
+    return [f"{name_of(path)}: {name} has {lines} lines" for name, lines in lengths.items() if lines > FUNCTION_LINES]
 
 
 # Generated code
@@ -316,27 +335,8 @@ def findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> li
     path = tmp_path / "common" / "sample.py"
     path.parent.mkdir(exist_ok=True)
     path.write_text(source)
-    checks = (
-        test_imports_point_one_way,
-        test_pure_module_imports_no_input_output_clock_thread_or_random_state,
-        test_pure_module_imports_only_pure_modules_of_ours,
-        test_pure_module_calls_no_input_or_output,
-        test_pure_module_leaves_the_global_random_state_alone,
-        test_pure_module_keeps_no_state_in_globals,
-        test_nothing_is_evaluated_or_unpickled,
-        test_nothing_asks_for_a_shell,
-        test_file_has_one_subject_and_says_so_in_its_first_line,
-        test_file_is_not_too_long,
-        test_functions_are_not_too_long,
-    )
     monkeypatch.setattr(f"{__name__}.PURE", [])
-    found = []
-    for check in checks:
-        try:
-            check(path)
-        except AssertionError:
-            found.append(check.__name__)
-    return found
+    return [name for name, check in CHECKS.items() if check(path)]
 
 
 @pytest.mark.parametrize(

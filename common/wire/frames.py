@@ -153,6 +153,8 @@ def _read_usual(data: bytes, fields: dict[int, tuple[str, int]]) -> BucketMessag
         name, wire_type = fields[tag >> 3]
         if tag & 7 != wire_type or tag > 0x7F:
             return None
+        if name in values:  # the last one counts, but protobuf checks all of them
+            return None
         if wire_type == _FIXED64:
             values[name] = int.from_bytes(data[place + 1 : place + 9], "little")
             place += 9

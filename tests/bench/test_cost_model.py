@@ -142,3 +142,23 @@ def test_latency_is_paid_per_hop(kind: Kind) -> None:
 def test_buckets_are_as_few_as_fit_and_the_same_for_all_shards() -> None:
     load = Load(elements=100, pushed_bytes=1000, pulled_bytes=4000, bucket_bytes=1000)
     assert [load.buckets(shards) for shards in (1, 2, 3, 4, 5)] == [4, 4, 6, 4, 5]
+
+
+@pytest.mark.parametrize("kind", [Kind.DEDICATED, Kind.COLOCATED])
+def test_scales_that_travel_ahead_are_more_bytes_twice_the_messages_and_one_more_way_there_and_back(kind: Kind) -> None:
+    plain, ahead = LOAD, replace(LOAD, scale_bytes=D // 128)
+    assert ahead.buckets(6) == plain.buckets(6)
+    loads = [predict(cluster(kind), load, FREE_KERNEL, FREE_WIRE).loads_s for load in (plain, ahead)]
+    for name in [name for name in loads[0] if "link" in name]:
+        assert loads[1][name] / loads[0][name] == pytest.approx(1 + 1 / 128)
+    messages = [
+        predict(cluster(kind), load, FREE_KERNEL, replace(FREE_WIRE, message_s=1e-4)) for load in (plain, ahead)
+    ]
+    assert messages[1].loads_s["server's messages"] == pytest.approx(2 * messages[0].loads_s["server's messages"])
+    far = replace(FREE_WIRE, latency_s=1.0)
+    latencies = [
+        predict(cluster(kind), load, FREE_KERNEL, far).fill_s
+        - predict(cluster(kind), load, FREE_KERNEL, FREE_WIRE).fill_s
+        for load in (plain, ahead)
+    ]
+    assert latencies == pytest.approx([2, 4])

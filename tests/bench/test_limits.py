@@ -79,6 +79,14 @@ def test_shards_bytes_are_what_the_codec_takes() -> None:
     assert sum(shard.pulled for shard in shards) == 4 * elements + state
 
 
+def test_scales_that_workers_share_travel_both_ways_beside_the_integers() -> None:
+    spec = load_job_spec(settings=["workers=2", "servers=2", *parse_codec("shared:4")])
+    shards = shard_bytes(plan_layout(tensors_of(512 * 40), spec), spec)
+    beside = 4 * 40 + 4 * STATE.elements
+    assert sum(shard.pushed for shard in shards) == 512 * 20 + beside
+    assert sum(shard.pulled for shard in shards) == 512 * 40 * 5 // 8 + beside  # sums up to 2 * 7 take 5 bits
+
+
 def test_default_gradient_is_that_of_resnet50() -> None:
     import torch
     from torchvision.models import resnet50

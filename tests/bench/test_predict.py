@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from bench import codec_speed
 from bench.cost_model import Cluster, Kind, Load, predict
-from bench.predict import Question, fastest_ranges, run_predict, workers_shown
+from bench.predict import Question, fastest_ranges, print_predict, run_predict, workers_shown
 from bench.rates import LoopbackRow, kernel_rates, ring_costs, split_costs
 from common.errors import SpecError
 from tests.bench.test_cost_model import KERNEL, WIRE
+from worker.exchange.feedback import ErrorFeedback
 
 ELEMENTS = 512 * 2000
 QUESTION = Question(
@@ -27,7 +31,7 @@ QUESTION = Question(
 
 @pytest.fixture
 def rates(tmp_path: Path) -> Path:
-    kernels = {codec: asdict(KERNEL) for codec in ("none", "32", "8", "8x2")}
+    kernels = {codec: asdict(KERNEL) for codec in ("none", "32", "8", "8x2", "shared:4", "shared:8")}
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"rates": {"kernels": kernels, "wire": asdict(WIRE)}}))
     return path
@@ -80,6 +84,46 @@ def test_every_topology_and_codec_is_predicted_up_to_a_thousand_workers(rates: P
     assert result["compared"] == []
 
 
+def test_sums_that_servers_add_are_wider_for_more_workers_and_their_scales_travel_ahead(rates: Path) -> None:
+    result = run_predict(None, rates, replace(QUESTION, codecs=("shared:4",)), quiet)
+    assert [row["topology"] for row in result["predictions"]] == [
+        "dedicated:1",
+        "colocated",
+    ]  # no server adds otherwise
+    row = result["predictions"][0]
+    for workers, sum_bits in ((2, 5), (4, 6), (16, 8), (32, 16), (1024, 16)):  # of +-7 times as many
+        load = Load(
+            elements=ELEMENTS,
+            pushed_bytes=ELEMENTS // 2,
+            pulled_bytes=ELEMENTS * sum_bits // 8,
+            bucket_bytes=512 << 10,
+            scale_bytes=4 * 2000,
+        )
+        cluster = Cluster(kind=Kind.DEDICATED, workers=workers, shards=1, rate_bps=10**9, cores_per_node=2)
+        assert row["round_s"][row["workers"].index(workers)] == predict(cluster, load, KERNEL, WIRE).round_s
+
+
+def test_nothing_is_said_of_more_workers_than_the_sums_have_room_for(rates: Path) -> None:
+    question = replace(QUESTION, codecs=("8x2", "shared:8"))
+    result = run_predict(None, rates, question, quiet)
+    for row in result["predictions"]:
+        most = 256 if row["codec"] == "shared:8" else 1024  # 32,767 / 127 = 258
+        assert row["workers"] == [workers for workers in workers_shown() if workers <= most]
+        assert len(row["round_s"]) == len(row["workers"])
+    assert max(each["last_workers"] for each in result["fastest"] if each["codec"] == "shared:8") == 258
+    text = io.StringIO()
+    print_predict(result, Console(file=text, width=200))
+    (line,) = (line for line in text.getvalue().splitlines() if "colocated shared:8" in line)
+    assert line.split()[-2:] == ["-", "-"]
+
+
+def test_a_codec_that_no_topology_can_have_is_refused_before_anything_is_measured() -> None:
+    question = replace(QUESTION, topologies=("collective",), codecs=("shared:4",))
+    rule = r"expected dedicated or colocated among the topologies \(codec shared:4: .*\), got topology=collective"
+    with pytest.raises(SpecError, match=rule):
+        run_predict(None, None, question, pytest.fail)
+
+
 def test_fastest_is_told_by_range() -> None:
     def at(workers: int, name: str) -> float:
         return {"line": float(workers), "flat": 5.0}[name]
@@ -121,7 +165,24 @@ def test_costs_of_a_ring_are_told_apart() -> None:
     assert ring_costs(row(2, 5), row(2, 50), row(4, 50), d, add_s) == pytest.approx((bucket_s, message_s, byte_s))
 
 
-def test_kernels_take_time() -> None:
-    measured = kernel_rates("8x2", elements=512 * 40)
+@pytest.mark.parametrize("codec", ["none", "8x2", "paper:8x2", "rotated:2x2", "shared:4", "sign", "topk"])
+def test_kernels_take_time(codec: str) -> None:
+    measured = kernel_rates(codec, elements=512 * 40)
     assert all(0 <= second < 1e-5 for second in asdict(measured).values())
     assert measured.encode_s + measured.add_s > 0
+
+
+@pytest.mark.parametrize(("codec", "biased"), [("8x2", False), ("shared:4", False), ("sign", True), ("topk", True)])
+def test_encoding_is_timed_with_error_feedback_where_a_worker_has_it(
+    codec: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    class Seen(ErrorFeedback):
+        def encode(self, codec: Any, values: Any, *arguments: Any, **memory: Any) -> Any:
+            lengths.append(len(values))
+            return super().encode(codec, values, *arguments, **memory)
+
+    monkeypatch.setattr(codec_speed, "ErrorFeedback", Seen)
+    kernel_rates(codec, elements=512 * 4)
+    assert set(lengths) == ({512 * 4} if biased else set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -16,7 +17,9 @@ from common.config import JobSpec
 from common.errors import EXIT_CHECKPOINT, EXIT_MISMATCH, EXIT_NOT_AUTHORIZED, EXIT_RETRY, EXIT_TERMINATED, EXIT_USAGE
 from common.spec_sources import load_job_spec
 from deploy.cli import RESERVED
+from tests.deploy.test_cli import calls, datps
 
+__all__ = ["calls"]
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy/kubernetes/base"
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
@@ -102,6 +105,22 @@ def test_a_pods_index_is_its_shard_or_the_number_in_its_worker_id() -> None:
     assert shard["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['apps.kubernetes.io/pod-index']"
     assert variables("Job")["DATPS_WORKER_ID"] == "worker-$(JOB_COMPLETION_INDEX)"
     assert names.index("JOB_COMPLETION_INDEX") < names.index("DATPS_WORKER_ID")
+
+
+def test_a_worker_saves_and_looks_for_all_that_it_alone_has_in_one_folder_of_its_own(calls: list[Any]) -> None:
+    """Residuals beside the checkpoints that they belong to: whatever volume keeps the ones keeps the others."""
+    given: dict[str, str] = {}
+    for each in container("Job")["env"]:  # as Kubernetes does: what stands before may be referred to
+        value = each.get("value", "3")
+        given[each["name"]] = re.sub(r"\$\((\w+)\)", lambda reference: given.get(reference[1], reference[0]), value)
+
+    ended = datps(*container("Job")["args"], **given)
+
+    assert ended.exit_code == 0, ended.output
+    (options,) = calls
+    assert options.worker_id == "worker-3"
+    assert options.out == options.resume == Path("/out/worker-3")
+    assert options.state.parent == options.out
 
 
 def test_mistakes_end_the_job_and_lost_peers_do_not() -> None:

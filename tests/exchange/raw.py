@@ -63,15 +63,18 @@ def raw_channel(address: str) -> Iterator[grpc.Channel]:
 
 
 class RawMember:
-    """A view of two: `honest` is worker-0; `stream` is worker-1's Exchange, spoken by hand."""
+    """A view of two: one is `honest`; the other's Exchange, worker-1's unless said otherwise, is spoken by hand."""
 
-    def __init__(self, spec: JobSpec, server: RunningServer, tensors: Sequence[TensorSpec] = TENSORS) -> None:
+    def __init__(
+        self, spec: JobSpec, server: RunningServer, tensors: Sequence[TensorSpec] = TENSORS, index: int = 1
+    ) -> None:
         self.spec = spec
+        self.index = index
         self.layout = plan_layout(tensors, spec)
         self._stack = contextlib.ExitStack()
         with ThreadPoolExecutor(1) as pool:
-            honest = pool.submit(join, server.address, "worker-0", tensors)
-            channel, coordination, _ = introduce(server.address, "worker-1")
+            honest = pool.submit(join, server.address, f"worker-{1 - index}", tensors)
+            channel, coordination, _ = introduce(server.address, f"worker-{index}")
             self._stack.callback(channel.close)
             self.admission = coordination.get_ready(ready(self.layout), DEADLINE_S)
             self.honest = honest.result(DEADLINE_S)
@@ -92,7 +95,7 @@ class RawMember:
             "view": self.admission.view,
             "coordinator_incarnation": self.admission.coordinator_incarnation,
             "worker_ids": self.admission.worker_ids,
-            "worker_index": 1,
+            "worker_index": self.index,
             "shard": 0,
             "tensors": tensor_messages(self.layout.tensors),
             "layout_digest": self.layout.digest(),
@@ -100,15 +103,15 @@ class RawMember:
         }
         return wire.WorkerMessage(hello=wire.Hello(**{**values, **changes}))
 
-    def open(self) -> tuple[RawStream, int]:
+    def open(self, **changes: Any) -> tuple[RawStream, int]:
         stream = RawStream(self.raw, EXCHANGE)
-        stream.put(self.hello())
+        stream.put(self.hello(**changes))
         return stream, stream.next_of("welcome").incarnation
 
     def contribution(self, own: int, number: int, /, **changes: Any) -> wire.WorkerMessage:
         cut = self.layout.buckets[number]
         codec = push_codec(self.layout, self.spec) if cut.kind == "gradient" else state_codec(self.layout)
-        key = RandomKey(seed=0, round=0, source=1)
+        key = RandomKey(seed=0, round=0, source=self.index)
         encoded = codec.encode(np.ones(cut.n, np.float32), cut.start, key)
         values = {
             "view": 1,
@@ -123,7 +126,7 @@ class RawMember:
         return wire.WorkerMessage(contribution=wire.Contribution(**{**values, **changes}))
 
     def finish_round(self, stream: RawStream, incarnation: int, round_: int = 0) -> np.ndarray:
-        """Contributes properly, as worker-0 does, and returns worker-0's average gradient."""
+        """Contributes properly, as the honest worker does, and returns that one's average gradient."""
         gradient = np.ones(self.layout.d, np.float32)
         with ThreadPoolExecutor(1) as pool:
             state = np.ones(self.layout.e, np.float32)

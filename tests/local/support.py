@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,24 +66,6 @@ def with_groups(size: int, work: Callable[[LocalGroup, int], Any]) -> list[Any]:
 @cache
 def dataset_of(spec: JobSpec) -> Dataset:
     return load_dataset(spec.data, root=None)
-
-
-def checkpoint_of(spec: JobSpec, dataset_description: str, share: Share, round_: int) -> Checkpoint:
-    """What `save_checkpoint` and `load_checkpoint` would make of a share's state."""
-    dataset = dataset_of(spec)
-    return Checkpoint(
-        path=Path("nowhere"),
-        spec=spec,
-        round=round_,
-        rounds=1000,
-        classes=len(dataset.classes),
-        in_channels=dataset.in_channels,
-        image_size=dataset.image_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        data=dataset_description,
-        tensors=share.state,
-    )
 
 
 def train(

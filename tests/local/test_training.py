@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from common.config import JobSpec
-from tests.local.support import ATTACK, SMALL, Share, checkpoint_of, train
-from tests.support import job
+from tests.local.support import ATTACK, SMALL, Share, train
+from tests.support import checkpoint_of, job
 from worker.attacks import GradientSignAttack
-from worker.record import describe_data
 from worker.workplace import Workplace
 
 ROUNDS = 3
@@ -183,10 +182,9 @@ def test_a_state_saved_by_two_processes_is_taken_over_by_one_and_the_other_way_r
     spec = spec_of(1, "codec.name=none")
     undisturbed = train(spec, [2], 4)[0][0]
     saved = {size: train(spec, [size], 2)[0][-1] for size in (1, 2)}
-    data = describe_data(saved[1].workplace.dataset)
     assert saved[1].state.keys() == saved[2].state.keys()
     for size, of in saved.items():
-        checkpoint = checkpoint_of(spec, data, of, 2)
+        checkpoint = checkpoint_of(spec, of.workplace.dataset, of.state, 2)
         resumed = {other: train(spec, [other], 4, checkpoint)[0] for other in (1, 2)}
         assert all(share.workplace.round == 2 for share in resumed[2])
         assert distance(resumed[1][0], resumed[2][0]) < ROUNDING

@@ -195,6 +195,17 @@ def test_turns_of_different_buckets_are_independent() -> None:
     assert run(rounds, contribution(1, 5)) == [Hold(worker_index=1, bucket=5)]
 
 
+def test_contributions_whose_order_does_not_matter_are_added_as_they_come() -> None:
+    """Rule 3: "Where any order gives the same bits, each is added as it comes"."""
+    rounds = machine(workers=3, buckets=(4, 5), any_order=frozenset({4}))
+    assert run(rounds, contribution(2, 4)) == [Add(worker_index=2, round=0, bucket=4, first=True)]
+    assert run(rounds, contribution(2, 4)) == [Ignore(worker_index=2, round=0, bucket=4)]
+    assert run(rounds, contribution(0, 4)) == [Add(worker_index=0, round=0, bucket=4, first=False)]
+    assert run(rounds, contribution(2, 5)) == [Hold(worker_index=2, bucket=5)]
+    last = [Add(worker_index=1, round=0, bucket=4, first=False), Publish(round=0, buckets=(4,))]
+    assert run(rounds, contribution(1, 4)) == last
+
+
 # Rule 4: Refusals
 
 
@@ -475,14 +486,3 @@ def test_events_and_effects_are_frozen_and_carry_no_tensors() -> None:
         assert {str(column.type) for column in fields(kind)} <= plain, kind
     with pytest.raises(FrozenInstanceError):
         hello(0).round = 3  # type: ignore[misc]
-
-
-def test_contributions_whose_order_does_not_matter_are_added_as_they_come() -> None:
-    """Rule 3: "Where any order gives the same bits, each is added as it comes"."""
-    rounds = machine(workers=3, buckets=(4, 5), any_order=frozenset({4}))
-    assert run(rounds, contribution(2, 4)) == [Add(worker_index=2, round=0, bucket=4, first=True)]
-    assert run(rounds, contribution(2, 4)) == [Ignore(worker_index=2, round=0, bucket=4)]
-    assert run(rounds, contribution(0, 4)) == [Add(worker_index=0, round=0, bucket=4, first=False)]
-    assert run(rounds, contribution(2, 5)) == [Hold(worker_index=2, bucket=5)]
-    last = [Add(worker_index=1, round=0, bucket=4, first=False), Publish(round=0, buckets=(4,))]
-    assert run(rounds, contribution(1, 4)) == last

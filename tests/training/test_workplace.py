@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from common.errors import EXIT_CHECKPOINT, CheckpointError
-from tests.support import job
-from worker.checkpoint import Checkpoint
+from tests.support import checkpoint_of, job
 from worker.datasets import load_dataset
-from worker.record import describe_data
 from worker.workplace import Workplace
 
 CPU = torch.device("cpu")
@@ -23,19 +19,8 @@ def resume(before: tuple[str, ...], now: tuple[str, ...]) -> Workplace:
     """What a job builds from another job's checkpoint."""
     saved, spec = (job("workers=2", "model.width=4", *settings) for settings in (before, now))
     dataset = load_dataset(spec.data, root=None)
-    checkpoint = Checkpoint(
-        path=Path("saved"),
-        spec=saved,
-        round=5,
-        rounds=10,
-        classes=len(dataset.classes),
-        in_channels=dataset.in_channels,
-        image_size=dataset.image_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        data=describe_data(dataset),
-        tensors=Workplace.build(saved, dataset, CPU, None, None).replica.state_tensors(),
-    )
+    state = Workplace.build(saved, dataset, CPU, None, None).replica.state_tensors()
+    checkpoint = checkpoint_of(saved, dataset, state, 5)
     return Workplace.build(spec, dataset, CPU, checkpoint, None)
 
 

@@ -92,6 +92,7 @@ WIRES = st.one_of(
 @example(framed(b"\x41\x01\x02"))  # cut off in a number
 @example(framed(b"\x32\x05ab"))  # cut off in the payload
 @example(framed(b"\x22\x02\xff\xfe"))  # a codec that is no text
+@example(framed(b"\x22\x02\xff\xfe\x22\x01a"))  # the same, and then one that is
 @example(framed(b"\x08\x01") + framed(b"\x10\x02"))  # two contributions in one message: merged
 def test_whatever_the_bytes_are_we_see_what_protobuf_sees(data: bytes) -> None:
     got = read_worker_message(data)

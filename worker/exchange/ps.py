@@ -411,6 +411,9 @@ class ParameterServerExchange:
         if average.codec != codec.wire_name or encoded is None:
             raise MismatchError(refusal(f"codec={codec.wire_name}", "codec", average.codec, where))
         if self._memory and stream.uses_memory:
+            if len(average.payload):
+                rule = "an empty payload (node_memory: it lies in shared memory)"
+                raise MismatchError(refusal(rule, "payload_bytes", len(average.payload), where))
             encoded = replace(encoded, payload=self._memory.average(average.round, bucket.number))
         try:
             codec.check(encoded, bucket.start, bucket.n)
