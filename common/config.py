@@ -11,21 +11,18 @@ import hashlib
 import json
 import re
 from enum import StrEnum
-from fractions import Fraction
-from typing import Annotated, Self
+from typing import Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from common.data_spec import DatasetName as DatasetName
+from common.data_spec import DataSpec as DataSpec
+from common.data_spec import Split as Split
 from common.errors import refusal
+from common.sections import Number, Section
+from common.transfer_spec import Head as Head
+from common.transfer_spec import TransferSpec as TransferSpec
 
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
@@ -35,46 +32,6 @@ MAXIMAL_ROTATION, MAXIMAL_TOPK = 1 << 15, 1 << 16
 """Elements of a block that is rotated as one, in a core's caches; and of one that topk chooses from, in 16 bits."""
 MAXIMAL_SUM = (1 << 15) - 1
 """Of the integers that a server adds: they travel in 16 bits at most."""
-
-
-def _number(value: object) -> object:
-    """Reads `8/255` as a number; everything else is left to the validator."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-"""A finite float; YAML and flags may write it as a fraction, `8/255`."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, keyword-only, no unknown keys; the docstring under a field is its help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        # YAML reads `yes` and `on` as true, which would pass for 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(refusal("a value that is no switch", str(info.field_name), value))
-        return value
-
-
-class DatasetName(StrEnum):
-    DIGITS = "digits"
-    CIFAR10 = "cifar10"
-    CIFAR100 = "cifar100"
-    IMAGEFOLDER = "imagefolder"
-
-
-class Split(StrEnum):
-    SHARED = "shared"
-    OWN = "own"
 
 
 class ModelName(StrEnum):
@@ -137,21 +94,9 @@ class ModelSpec(Section):
     """Architecture."""
     width: int | None = Field(default=None, ge=1, le=1024)
     """Channels of the first stage; the architecture's own width where absent (small_cnn and resnet8/20 only)."""
-
-
-class DataSpec(Section):
-    """The data set and how its samples are divided among the workers."""
-
-    name: DatasetName = DatasetName.DIGITS
-    """Data set."""
-    split: Split = Split.SHARED
-    """`shared`: one data set, reshuffled and divided anew each epoch; `own`: each worker has its own folder."""
-    image_size: int | None = Field(default=None, ge=8, le=1024)
-    """Side of the square images in pixels after resizing; needed by `imagefolder` unless all images are of one size."""
-    augment: bool = False
-    """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
-    batch_per_worker: int = Field(default=64, ge=1)
-    """Samples that each worker draws per round (B of the paper)."""
+    input_size: int | None = Field(default=None, ge=8, le=1024)
+    """Side in pixels to which the model itself enlarges its images (bilinear), for fine-tuning at the size of the
+    pre-training; attacks see the images as they are. Their own size where absent."""
 
 
 class AttackSpec(Section):
@@ -384,6 +329,7 @@ class JobSpec(Section):
     """S: servers, each with one shard."""
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
+    transfer: TransferSpec = TransferSpec()
     attack: AttackSpec = AttackSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -30,6 +30,8 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 
 PURE_PATTERNS = (
     "common/config.py",
+    "common/*_spec.py",
+    "common/sections.py",
     "common/spec_sources.py",
     "common/layout.py",
     "common/errors.py",
@@ -45,6 +47,8 @@ PURE_PATTERNS = (
     "worker/evaluation.py",
     "worker/randomness.py",
     "worker/data.py",
+    "worker/subsets.py",
+    "worker/transfer.py",
     "worker/optimizers/*.py",
     "deploy/supervision.py",
     "deploy/progress.py",
