@@ -36,6 +36,7 @@ from deploy.options import (
     DevicesOption,
     DownloadOption,
     HostOption,
+    InitOption,
     JobOption,
     JsonOption,
     RecipeOption,
@@ -43,11 +44,13 @@ from deploy.options import (
     StateOption,
     ThreadsOption,
     TraceFileOption,
+    UnlabeledOption,
     WorkerOutOption,
     errors,
     job_spec_of,
     variable,
 )
+from deploy.unlabeled_cli import convert_unlabeled, pseudo_label
 
 app = typer.Typer(
     name="datps",
@@ -60,6 +63,8 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", invoke
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
+app.command("pseudo-label")(pseudo_label)
+app.command("convert-unlabeled")(convert_unlabeled)
 
 
 def _show_version(wanted: bool) -> None:
@@ -160,6 +165,8 @@ def worker(
         Path | None, typer.Option(envvar=variable("resume"), help="Run folder or checkpoint to go on from.")
     ] = None,
     state: StateOption = None,
+    unlabeled: UnlabeledOption = None,
+    init: InitOption = None,
     trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -184,6 +191,8 @@ def worker(
             out=out,
             resume=resume,
             state=state,
+            unlabeled=unlabeled,
+            init=init,
         )
         code = run(options, Emitter(worker_id, as_json=as_json or None))
     raise typer.Exit(code)
@@ -206,6 +215,8 @@ def train(
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
     devices: DevicesOption = None,
+    unlabeled: UnlabeledOption = None,
+    init: InitOption = None,
     baseline: Annotated[
         bool, typer.Option(envvar=variable("baseline"), help="Afterwards train without attacks, to compare.")
     ] = True,
@@ -219,7 +230,7 @@ def train(
     With data.split=own worker-0 reads DATA/worker-0, and so on.
     """
     with errors(as_json, "train"):
-        from deploy.train import TrainOptions, job_to_resume
+        from deploy.train import TrainOptions, job_to_resume, with_local_files
 
         devices = devices_of(context, devices)
         if resume is not None and given(context, "resume", over=("job", "recipe", "out")):
@@ -227,7 +238,9 @@ def train(
             spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
         else:
             resume = None
-            spec, title = job_spec_of(context, job, recipe, settings)
+            transfer = ["transfer.init=true"] if init is not None else []
+            spec, title = job_spec_of(context, job, recipe, [*transfer, *(settings or [])])
+            spec = with_local_files(spec, unlabeled=unlabeled, init=init)
             folder = runs.new_run_folder(title, out, datetime.now())
             runs.point_latest_to(folder)
         options = TrainOptions(
@@ -239,6 +252,8 @@ def train(
             download=download,
             device=device,
             devices=devices,
+            unlabeled=unlabeled,
+            init=init,
             baseline=baseline,
             trace=trace,
         )

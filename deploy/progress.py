@@ -193,6 +193,10 @@ def _stopping(view: RunView, event: Mapping[str, Any]) -> RunView:
     return replace(view, message=f"{event['process']}: {event['text']}")
 
 
+def _initialized(view: RunView, event: Mapping[str, Any]) -> RunView:
+    return replace(view, message=f"initial parameters: {event['text']}") if event["process"] == LEAD else view
+
+
 def _error(view: RunView, event: Mapping[str, Any]) -> RunView:
     return _with(view, event["process"], note=event["text"])
 
@@ -231,6 +235,7 @@ _HANDLERS: dict[str, Callable[[RunView, Mapping[str, Any]], RunView]] = {
     "waiting": _waiting,
     "checkpoint": _checkpoint,
     "refused": _refused,
+    "initialized": _initialized,
     "stopping": _stopping,
     "error": _error,
     "ended": _ended,

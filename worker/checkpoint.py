@@ -45,6 +45,10 @@ class Checkpoint:
     std: tuple[float, ...]
     data: str
     tensors: Mapping[str, Tensor]
+    unlabeled: str = ""
+    """What `describe_unlabeled` said of the training data."""
+    parameter_digest: str = ""
+    """In hex."""
 
 
 def checkpoint_name(round_: int) -> str:
@@ -130,6 +134,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             spec=job_spec_from_json(json.dumps(description["spec"])),
             tensors=load_file(path / TENSORS),
             data=str(description["data"]),
+            unlabeled=str(description.get("unlabeled", "")),
+            parameter_digest=str(description.get("parameter_digest", "")),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),
             **{name: int(description[name]) for name in ("round", "rounds", "classes", "in_channels", "image_size")},

@@ -33,6 +33,7 @@ class Replica:
         spec: OptimizerSpec,
         order: Sequence[str] | None = None,
         divide: Callable[[Sequence[TensorSpec]], Shares] | None = None,
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         """
         Args:
@@ -40,9 +41,11 @@ class Replica:
             spec: of its optimizer.
             order: of the parameters in that vector; where absent the model's own.
             divide: tells from `tensors` which part of the optimizer is this process's; where absent all of it.
+            frozen: names of parameters that stay as they are: they are in digests and checkpoints, and nowhere else.
         """
         self.model = model
-        self.parameters = FlatParameters(model, order)
+        self.parameters = FlatParameters(model, order, frozen)
+        self._frozen = [parameter for name, parameter in model.named_parameters() if name in frozen]
         self._buffers = averaged_buffers(model)
         self.optimizer = make_optimizer(spec, self.parameters, divide(self.tensors) if divide else None)
         persistent = model.state_dict(keep_vars=True)
@@ -92,8 +95,8 @@ class Replica:
         return average[offset:]
 
     def parameter_digest(self) -> bytes:
-        """XXH3-128 of parameters and averaged buffers: 16 bytes."""
-        return self._digest(self.parameters.theta, *self._buffers.values())
+        """XXH3-128 of parameters, frozen ones included, and averaged buffers: 16 bytes."""
+        return self._digest(self.parameters.theta, *self._frozen, *self._buffers.values())
 
     def replica_digest(self) -> bytes:
         """XXH3-128 of parameters, all buffers and optimizer state: what replicas share when they join and leave.
@@ -102,7 +105,11 @@ class Replica:
         """
         state = self.optimizer.state_tensors()
         return self._digest(
-            self.parameters.theta, *self._buffers.values(), *self._counters.values(), *(state[n] for n in sorted(state))
+            self.parameters.theta,
+            *self._frozen,
+            *self._buffers.values(),
+            *self._counters.values(),
+            *(state[n] for n in sorted(state)),
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
