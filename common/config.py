@@ -16,21 +16,26 @@ from typing import Self
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from common.data_spec import DatasetName as DatasetName
+from common.data_spec import DataSpec as DataSpec
+from common.data_spec import Split as Split
 from common.errors import refusal
-from common.inner_config import AttackLoss as AttackLoss
-from common.inner_config import AttackName as AttackName
-from common.inner_config import AttackNorm as AttackNorm
-from common.inner_config import AttackSpec as AttackSpec
-from common.inner_config import BatchNormMode as BatchNormMode
-from common.inner_config import ObjectiveName as ObjectiveName
-from common.inner_config import ObjectiveSpec as ObjectiveSpec
-from common.inner_config import OverfittingSpec as OverfittingSpec
-from common.inner_config import SmoothingSpec as SmoothingSpec
-from common.outer_config import OptimizerName as OptimizerName
-from common.outer_config import OptimizerSpec as OptimizerSpec
-from common.outer_config import ScheduleName as ScheduleName
-from common.outer_config import ScheduleSpec as ScheduleSpec
+from common.inner_spec import AttackLoss as AttackLoss
+from common.inner_spec import AttackName as AttackName
+from common.inner_spec import AttackNorm as AttackNorm
+from common.inner_spec import AttackSpec as AttackSpec
+from common.inner_spec import BatchNormMode as BatchNormMode
+from common.inner_spec import ObjectiveName as ObjectiveName
+from common.inner_spec import ObjectiveSpec as ObjectiveSpec
+from common.inner_spec import OverfittingSpec as OverfittingSpec
+from common.inner_spec import SmoothingSpec as SmoothingSpec
+from common.outer_spec import OptimizerName as OptimizerName
+from common.outer_spec import OptimizerSpec as OptimizerSpec
+from common.outer_spec import ScheduleName as ScheduleName
+from common.outer_spec import ScheduleSpec as ScheduleSpec
 from common.section import Number, Section
+from common.transfer_spec import Head as Head
+from common.transfer_spec import TransferSpec as TransferSpec
 
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 WORKER_ID_RULE = "a worker_id of 1 to 63 letters, digits, '.', '_' or '-'"
@@ -40,18 +45,6 @@ MAXIMAL_ROTATION, MAXIMAL_TOPK = 1 << 15, 1 << 16
 """Elements of a block that is rotated as one, in a core's caches; and of one that topk chooses from, in 16 bits."""
 MAXIMAL_SUM = (1 << 15) - 1
 """Of the integers that a server adds: they travel in 16 bits at most."""
-
-
-class DatasetName(StrEnum):
-    DIGITS = "digits"
-    CIFAR10 = "cifar10"
-    CIFAR100 = "cifar100"
-    IMAGEFOLDER = "imagefolder"
-
-
-class Split(StrEnum):
-    SHARED = "shared"
-    OWN = "own"
 
 
 class ModelName(StrEnum):
@@ -103,31 +96,9 @@ class ModelSpec(Section):
     """Architecture."""
     width: int | None = Field(default=None, ge=1, le=1024)
     """Channels of the first stage; the architecture's own width where absent (small_cnn and resnet8/20 only)."""
-
-
-class DataSpec(Section):
-    """The data set and how its samples are divided among the workers."""
-
-    name: DatasetName = DatasetName.DIGITS
-    """Data set."""
-    split: Split = Split.SHARED
-    """`shared`: one data set, reshuffled and divided anew each epoch; `own`: each worker has its own folder."""
-    image_size: int | None = Field(default=None, ge=8, le=1024)
-    """Side of the square images in pixels after resizing; needed by `imagefolder` unless all images are of one size."""
-    augment: bool = False
-    """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
-    batch_per_worker: int = Field(default=64, ge=1)
-    """Samples that each worker draws per round (B of the paper)."""
-    validation: Number = Field(default=0.0, ge=0)
-    """Training samples that are held out, a fraction or from 1 on a count (`split=own`: of each worker): evaluations
-    during training judge on them instead of the test data."""
-
-    @field_validator("validation")
-    @classmethod
-    def _validation_is_a_fraction_or_a_count(cls, amount: float) -> float:
-        if amount >= 1 and amount != int(amount):
-            raise ValueError(refusal("a fraction below 1, or a whole number", "validation", amount))
-        return amount
+    input_size: int | None = Field(default=None, ge=8, le=1024)
+    """Side in pixels to which the model itself enlarges its images (bilinear), for fine-tuning at the size of the
+    pre-training; attacks see the images as they are. Their own size where absent."""
 
 
 class CodecSpec(Section):
@@ -280,6 +251,7 @@ class JobSpec(Section):
     """S: servers, each with one shard."""
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
+    transfer: TransferSpec = TransferSpec()
     attack: AttackSpec = AttackSpec()
     smoothing: SmoothingSpec = SmoothingSpec()
     overfitting: OverfittingSpec = OverfittingSpec()

@@ -20,6 +20,7 @@ _SENTENCES = {
     "joined": "{worker_id} joined, {joined} of {expected} workers are here",
     "left": "{worker_id} left: {ending}",
     "view": "view {view}: {workers}",
+    "initialized": "initial parameters: {text}",
     "admitted": "worker_index {worker_index} of {workers} in view {view}, {parameters} parameters, {rounds} rounds",
     "waiting": "waiting for {missing} ({waited_s:.0f} s)",
     "refused": "refused {worker_id}: {text}",

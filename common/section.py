@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from common.errors import refusal
 
 
-def _number(value: object) -> object:
-    """Reads `8/255` as a number; everything else is left to the validator."""
+def number(value: object) -> object:
+    """Reads `8/255` as a number; everything else is left as it is, to the validators."""
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
@@ -20,7 +20,7 @@ def _number(value: object) -> object:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 """A finite float; YAML and flags may write it as a fraction, `8/255`."""
 
 

@@ -37,6 +37,7 @@ from deploy.options import (
     DevicesOption,
     DownloadOption,
     HostOption,
+    InitOption,
     JobOption,
     JsonOption,
     RecipeOption,
@@ -44,6 +45,7 @@ from deploy.options import (
     StateOption,
     ThreadsOption,
     TraceFileOption,
+    UnlabeledOption,
     WorkerOutOption,
     errors,
     job_spec_of,
@@ -51,6 +53,7 @@ from deploy.options import (
 )
 from deploy.report_cli import report
 from deploy.study_cli import study
+from deploy.unlabeled_cli import convert_unlabeled, pseudo_label
 
 app = typer.Typer(
     name="datps",
@@ -66,6 +69,8 @@ app.command()(evaluate)
 app.command()(certify)
 app.command()(study)
 app.command()(report)
+app.command("pseudo-label")(pseudo_label)
+app.command("convert-unlabeled")(convert_unlabeled)
 
 
 def _show_version(wanted: bool) -> None:
@@ -166,6 +171,8 @@ def worker(
         Path | None, typer.Option(envvar=variable("resume"), help="Run folder or checkpoint to go on from.")
     ] = None,
     state: StateOption = None,
+    unlabeled: UnlabeledOption = None,
+    init: InitOption = None,
     trace: TraceFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -190,6 +197,8 @@ def worker(
             out=out,
             resume=resume,
             state=state,
+            unlabeled=unlabeled,
+            init=init,
         )
         code = run(options, Emitter(worker_id, as_json=as_json or None))
     raise typer.Exit(code)
@@ -212,6 +221,8 @@ def train(
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
     devices: DevicesOption = None,
+    unlabeled: UnlabeledOption = None,
+    init: InitOption = None,
     baseline: Annotated[
         bool, typer.Option(envvar=variable("baseline"), help="Afterwards train without attacks, to compare.")
     ] = True,
@@ -228,7 +239,7 @@ def train(
     With data.split=own worker-0 reads DATA/worker-0, and so on.
     """
     with errors(as_json, "train"):
-        from deploy.train import TrainOptions, job_to_resume
+        from deploy.train import TrainOptions, job_to_resume, with_local_files
 
         devices = devices_of(context, devices)
         if resume is not None and given(context, "resume", over=("job", "recipe", "out")):
@@ -236,7 +247,9 @@ def train(
             spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
         else:
             resume = None
-            spec, title = job_spec_of(context, job, recipe, settings)
+            transfer = ["transfer.init=true"] if init is not None else []
+            spec, title = job_spec_of(context, job, recipe, [*transfer, *(settings or [])])
+            spec = with_local_files(spec, unlabeled=unlabeled, init=init)
             folder = runs.new_run_folder(title, out, datetime.now())
             runs.point_latest_to(folder)
         options = TrainOptions(
@@ -248,6 +261,8 @@ def train(
             download=download,
             device=device,
             devices=devices,
+            unlabeled=unlabeled,
+            init=init,
             baseline=baseline,
             trace=trace,
         )

@@ -66,6 +66,8 @@ class DatpsCommands:
         threads: of each local process of a worker.
         resume: go on from the newest checkpoint in `folder`.
         trace: every process writes its timeline to `traces/` in `folder`.
+        unlabeled: file of pseudo-labeled images.
+        init: what a new run starts from.
     """
 
     spec: JobSpec
@@ -76,6 +78,8 @@ class DatpsCommands:
     resume: bool
     trace: bool = False
     devices: str | None = None
+    unlabeled: Path | None = None
+    init: Path | None = None
 
     def server(self, *, shard: int, port: int, shard_addresses: tuple[str, ...]) -> list[str]:
         """See `Commands`."""
@@ -93,6 +97,8 @@ class DatpsCommands:
         if self.data is not None:
             own = self.spec.data.split is Split.OWN
             command += ["--data", str(self.data / name if own else self.data)]
+        for flag, path in (("--unlabeled", self.unlabeled), ("--init", self.init)):
+            command += [flag, str(path)] if path is not None else []
         if index == 0:
             command += ["--out", str(self.folder)]
         if self.spec.codec.keeps_residual:

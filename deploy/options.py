@@ -21,8 +21,22 @@ from deploy import recipes
 from deploy.flags import given
 
 _FLAGS = (
-    *("baseline", "connect_s", "data", "device", "devices", "download", "host", "job", "json", "out", "port", "recipe"),
-    *("resume", "server", "shard", "shard_addresses", "state", "threads", "trace", "worker_id"),
+    *(
+        "baseline",
+        "connect_s",
+        "data",
+        "device",
+        "devices",
+        "download",
+        "host",
+        "init",
+        "job",
+        "json",
+        "out",
+        "port",
+        "recipe",
+    ),
+    *("resume", "server", "shard", "shard_addresses", "state", "threads", "trace", "unlabeled", "worker_id"),
 )
 RESERVED = frozenset(f"{ENVIRONMENT_PREFIX}{flag.upper()}" for flag in _FLAGS)
 """Variables that are a process's own; all other `DATPS_*` belong to the job spec (`DATPS_JOB_ID` to both, meaning
@@ -53,6 +67,24 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None, typer.Option("--data", envvar=variable("data"), help="Data folder.", show_default=False)
+]
+UnlabeledOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--unlabeled",
+        envvar=variable("unlabeled"),
+        help="File of pseudo-labeled images (datps pseudo-label), for data.unlabeled_fraction of each batch.",
+        show_default=False,
+    ),
+]
+InitOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--init",
+        envvar=variable("init"),
+        help="What a new run starts from: a run folder, a checkpoint, or a file .safetensors, .pt or .pth.",
+        show_default=False,
+    ),
 ]
 DownloadOption = Annotated[
     bool, typer.Option("--download", envvar=variable("download"), help="Fetch the data set if it is missing.")

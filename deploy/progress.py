@@ -200,6 +200,10 @@ def _overfitting(view: RunView, event: Mapping[str, Any]) -> RunView:
     return replace(view, message=event["text"])
 
 
+def _initialized(view: RunView, event: Mapping[str, Any]) -> RunView:
+    return replace(view, message=f"initial parameters: {event['text']}") if event["process"] == LEAD else view
+
+
 def _error(view: RunView, event: Mapping[str, Any]) -> RunView:
     return _with(view, event["process"], note=event["text"])
 
@@ -239,6 +243,7 @@ _HANDLERS: dict[str, Callable[[RunView, Mapping[str, Any]], RunView]] = {
     "waiting": _waiting,
     "checkpoint": _checkpoint,
     "refused": _refused,
+    "initialized": _initialized,
     "stopping": _stopping,
     "overfitting": _overfitting,
     "early_stop": _stopping,

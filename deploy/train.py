@@ -17,6 +17,7 @@ from deploy.display import Display
 from deploy.progress import RunView
 from deploy.supervision import Outcome, Patience
 from worker.local.devices import parse_devices
+from worker.local_files import refuse_unfit_init, refuse_unfit_unlabeled, sha256_of
 
 CommandsFactory = Callable[[JobSpec, Path, bool], Commands]
 """(job spec, run folder, resume) -> how the daemons are run."""
@@ -33,6 +34,8 @@ class TrainOptions:
         resume: go on with the run in `folder`.
         data: data folder of all workers.
         download: fetch the data set into `data` first.
+        unlabeled: file of pseudo-labeled images, of all workers.
+        init: what all workers start from; of a resumed run only the baseline may still need it.
         device: of the workers.
         devices: several of each worker instead, `cuda:0,cuda:1` or `cpu:2`; all workers get the same ones.
         baseline: train without attacks, too.
@@ -47,6 +50,8 @@ class TrainOptions:
     download: bool = False
     device: str = "cpu"
     devices: str | None = None
+    unlabeled: Path | None = None
+    init: Path | None = None
     baseline: bool = True
     trace: bool = False
 
@@ -110,6 +115,27 @@ def job_to_resume(
     if runs.read_result(folder) is None and not runs.has_checkpoint(folder):
         raise SpecError(refusal("a run folder with checkpoints", "resume", folder, "none found"))
     return spec, title
+
+
+def with_local_files(spec: JobSpec, *, unlabeled: Path | None, init: Path | None) -> JobSpec:
+    """The job of a new run, which says of the file that it starts from what its content is.
+
+    Raises:
+        SpecError: a file that the job has no use for, one that it lacks, or another one than it names.
+    """
+    refuse_unfit_unlabeled(spec.data, unlabeled)
+    refuse_unfit_init(spec.transfer, init)
+    if init is None:
+        return spec
+    from worker.pretrained import weights_file
+
+    file = weights_file(init)
+    sha256 = sha256_of(file)
+    if spec.transfer.sha256 not in (None, sha256):
+        raise SpecError(
+            refusal(f"a file with sha256 {spec.transfer.sha256} (transfer.sha256)", "sha256", sha256, str(file))
+        )
+    return spec.model_copy(update={"transfer": spec.transfer.model_copy(update={"sha256": sha256})})
 
 
 def baseline_spec(spec: JobSpec) -> JobSpec:
@@ -210,6 +236,8 @@ def _datps_commands(options: TrainOptions) -> CommandsFactory:
             data=options.data,
             device=options.device,
             devices=options.devices,
+            unlabeled=options.unlabeled,
+            init=options.init,
             threads=threads_per_worker(spec.workers * processes),
             resume=resume,
             trace=options.trace and folder == options.folder,

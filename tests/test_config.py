@@ -23,12 +23,23 @@ CHANGED: dict[str, object] = {
     "servers": 3,
     "model.name": "resnet20",
     "model.width": 24,
+    "model.input_size": 64,
     "data.name": "cifar100",
     "data.split": "own",
     "data.image_size": 224,
+    "data.classes": ["apple", "7"],
+    "data.mean": [0.5],
+    "data.std": [0.25],
+    "data.labeled": 40,
+    "data.labeled_seed": 3,
+    "data.unlabeled_fraction": 0.25,
     "data.augment": True,
     "data.batch_per_worker": 17,
     "data.validation": 0.1,
+    "transfer.init": True,
+    "transfer.sha256": "0f" * 32,
+    "transfer.head": "new",
+    "transfer.freeze": ["layer1.*", "conv1.weight"],
     "attack.name": "fgsm",
     "attack.norm": "l2",
     "attack.loss": "kl",
@@ -104,6 +115,7 @@ BESIDE = {
     "attack.replays": {"attack.name": "fgsm"},
     "smoothing.samples": {"smoothing.noise_std": 0.5},
     "evaluation.patience": {"data.validation": 0.2},
+    **{f"transfer.{name}": {"transfer.init": True} for name in ("sha256", "head", "freeze")},
 }
 """What else a key needs, where its value is refused alone."""
 TOGETHER = {key: value for key, value in CHANGED.items() if key not in ("servers", "attack.replays")}
@@ -111,6 +123,8 @@ TOGETHER = {key: value for key, value in CHANGED.items() if key not in ("servers
 
 FORM = re.compile(r"expected .+, got \S+=.* \(.+\)")
 FLOATS = [key for key, value in CHANGED.items() if isinstance(value, float)]
+BOUND = ("optimizer.trust_low", "data.unlabeled_fraction")
+"""Floats that not every value goes with: of another key, or of the batch."""
 
 
 def flag(key: str, value: object) -> str:
@@ -295,6 +309,22 @@ def test_every_float_may_be_written_as_a_fraction() -> None:
     assert values_of(in_flags) == values_of(in_yaml) == dict.fromkeys(keys, 8 / 255)
 
 
+def test_digits_are_names_of_classes_and_one_pattern_is_a_list() -> None:
+    spec = load_job_spec(settings=["data.classes=[5, 6]", "transfer.freeze=all-but-head", "transfer.init=true"])
+    assert (spec.data.classes, spec.transfer.freeze) == (("5", "6"), ("all-but-head",))
+
+
+@pytest.mark.parametrize(
+    ("batch", "fraction", "unlabeled"),
+    [(64, "0.5", 32), (5, "0.5", 3), (10, "0.25", 3), (10, "0.24", 2), (3, "1/3", 1), (2, "0.3", 1), (64, "0", 0)],
+)
+def test_a_batch_has_the_fraction_of_unlabeled_images_with_halves_rounded_up(
+    batch: int, fraction: str, unlabeled: int
+) -> None:
+    spec = load_job_spec(settings=[f"data.batch_per_worker={batch}", f"data.unlabeled_fraction={fraction}"])
+    assert spec.data.unlabeled_per_batch == unlabeled
+
+
 def test_fractions_may_stand_in_lists() -> None:
     spec = load_job_spec(settings=["schedule.decay_at=[2/3, 9/10]"])
     assert spec.schedule.decay_at == (2 / 3, 9 / 10)
@@ -368,6 +398,31 @@ def test_switch_is_no_number() -> None:
         ("optimizer.ema_decay=1", "expected less than 1, got optimizer.ema_decay=1 (--set)"),
         ("schedule.peak_at=1", "expected less than 1, got schedule.peak_at=1 (--set)"),
         ("schedule.name=linear", None),
+        ("data.labeled=0", None),
+        ("data.labeled=1.5", None),
+        ("data.labeled=100.0", None),
+        ("data.labeled=many", None),
+        (
+            "data.classes=[a, b, a]",
+            "expected at least two names, each once, got classes=['a', 'b', 'a'] (data.classes, --set)",
+        ),
+        ("data.classes=[a]", None),
+        ("data.classes=[true, false]", None),
+        ("data.std=[0.5, 0]", "expected numbers above 0, one for each channel, got std=[0.5, 0.0] (data.std, --set)"),
+        ("data.std=[]", None),
+        ("data.unlabeled_fraction=1", "expected less than 1, got data.unlabeled_fraction=1 (--set)"),
+        (
+            "data.unlabeled_fraction=0.001",
+            "expected at least one labeled and one unlabeled image in a batch of batch_per_worker=64, "
+            "got unlabeled_fraction=0.001 (0 unlabeled images) (data, job spec)",
+        ),
+        ("data.unlabeled_fraction=0.995", None),
+        (
+            "transfer.head=new",
+            "expected transfer.init=true (or datps train --init FILE), got head=new (transfer, job spec)",
+        ),
+        ("transfer.freeze=all-but-head", None),
+        ("transfer.sha256=abc", None),
         ("codec.bits", "expected dotted.key=value, got setting=codec.bits (--set)"),
         ("codec.bits=[", "expected a YAML value, got codec.bits=[ (--set)"),
         ("job_id=2024-13-45", "expected a YAML value, got job_id=2024-13-45 (--set)"),
@@ -443,7 +498,7 @@ def test_job_spec_and_its_sections_are_frozen() -> None:
 def job_specs(draw: st.DrawFn) -> JobSpec:
     keys = draw(st.sets(st.sampled_from(sorted(TOGETHER))))
     finite = {key: draw(st.floats(1e-9, 0.999)) for key in draw(st.sets(st.sampled_from(FLOATS)))}
-    finite.pop("optimizer.trust_low", None)
+    finite = {key: value for key, value in finite.items() if key not in BOUND}
     needed = {name: value for key in keys for name, value in BESIDE.get(key, {}).items()}
     values = needed | {key: CHANGED[key] for key in keys} | finite
     return load_job_spec(settings=[flag(key, value) for key, value in values.items() if key != "optimizer.trust_high"])

@@ -30,8 +30,7 @@ GENERATED = ("common/wire/v1/ps_pb2.py", "common/wire/v1/ps_pb2.pyi")
 
 PURE_PATTERNS = (
     "common/config.py",
-    "common/inner_config.py",
-    "common/outer_config.py",
+    "common/*_spec.py",
     "common/section.py",
     "common/spec_sources.py",
     "common/layout.py",
@@ -55,6 +54,8 @@ PURE_PATTERNS = (
     "worker/certification.py",
     "worker/randomness.py",
     "worker/data.py",
+    "worker/subsets.py",
+    "worker/transfer.py",
     "worker/optimizers/*.py",
     "deploy/supervision.py",
     "deploy/progress.py",

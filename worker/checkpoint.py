@@ -49,6 +49,10 @@ class Checkpoint:
     data: str
     tensors: Mapping[str, Tensor]
     selection: Selection = field(default_factory=Selection)
+    unlabeled: str = ""
+    """What `describe_unlabeled` said of the training data."""
+    parameter_digest: str = ""
+    """In hex."""
 
 
 def checkpoint_name(round_: int) -> str:
@@ -166,6 +170,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             spec=job_spec_from_json(json.dumps(description["spec"])),
             tensors=load_file(path / TENSORS),
             data=str(description["data"]),
+            unlabeled=str(description.get("unlabeled", "")),
+            parameter_digest=str(description.get("parameter_digest", "")),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),
             selection=Selection.from_json(description.get("selection")),

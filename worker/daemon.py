@@ -17,7 +17,6 @@ from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from worker.conclusion import conclude
-from worker.datasets import load_dataset
 from worker.exchange.base import Exchange
 from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
 from worker.exchange.nodes import NodeOptions, make_node
@@ -26,7 +25,9 @@ from worker.interruptions import AbortRelay, StopFlag, Stopped
 from worker.local.devices import parse_devices
 from worker.local.processes import LocalProcesses, Order
 from worker.local.team import LocalTeam, refuse_unfit
-from worker.record import RunFolder, RunRecorder, describe_data
+from worker.pretrained import initial_weights
+from worker.pseudo_labels import load_training_data
+from worker.record import RunFolder, RunRecorder, describe_training_data
 from worker.residuals import Residuals
 from worker.trainer import Trainer
 from worker.workplace import Workplace, open_device
@@ -48,6 +49,8 @@ class WorkerOptions:
         device: `cpu`, `cuda`, `cuda:1`.
         devices: several local devices instead, one process each: `cuda:0,cuda:1`, `cpu:2`.
         threads: of each local process on the CPU; None leaves it to torch.
+        unlabeled: file of pseudo-labeled images, if the job has any.
+        init: file or folder of initial parameters, if the job starts from any.
         out: run folder to write to; None writes nothing.
         resume: a checkpoint, or a run folder, to go on from.
         connect_s: how long to wait for a server to answer.
@@ -72,6 +75,8 @@ class WorkerOptions:
     shard_command: tuple[str, ...] = ()
     trace: Path | None = None
     state: Path | None = None
+    unlabeled: Path | None = None
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         if not WORKER_ID.fullmatch(self.worker_id):
@@ -157,11 +162,18 @@ class _Job:
         self._options, self._emit, self._stop = options, emit, stop
         self._timeline = Timeline(emit.process, on=options.trace is not None)
         self._spec, self._device, self._local = spec, device, local
-        self._dataset = load_dataset(spec.data, root=options.data, download=options.download)
+        self._dataset = load_training_data(
+            spec.data, root=options.data, download=options.download, unlabeled=options.unlabeled
+        )
+        weights = None if checkpoint else initial_weights(spec.transfer, options.init)
         devices = options.local_devices
         team = LocalTeam(spec, 0, len(devices)) if len(devices) > 1 else None
         local.order(_order(options, spec, checkpoint))
-        self._workplace = Workplace.build(spec, self._dataset, device, checkpoint, team)
+        self._workplace = Workplace.build(spec, self._dataset, device, checkpoint, team, weights)
+        if weights:
+            emit("initialized", text=f"{weights.source}: {self._workplace.initialized}", sha256=weights.sha256)
+        elif options.init and checkpoint:
+            emit("initialized", text=f"from the checkpoint {checkpoint.path}, not from --init {options.init}")
         local.join(self._workplace)
         self._replica, self._layout = self._workplace.replica, self._workplace.layout
         self.round = self._workplace.round
@@ -245,8 +257,8 @@ class _Job:
             layout=self._layout,
             replica_digest=self._replica.replica_digest(),
             round=self.round,
-            samples=len(self._dataset.train.labels),
-            classes=describe_data(self._dataset),
+            samples=self._dataset.labeled_samples,
+            classes=describe_training_data(self._dataset, self._spec.data),
             address=address,
         )
 
@@ -315,6 +327,8 @@ def _order(options: WorkerOptions, spec: JobSpec, checkpoint: Checkpoint | None)
         devices=options.local_devices,
         threads=options.threads,
         data=str(options.data) if options.data else None,
+        unlabeled=str(options.unlabeled) if options.unlabeled else None,
+        init=str(options.init) if options.init else None,
         checkpoint=str(checkpoint.path) if checkpoint else None,
         saves=options.out is not None,
         connect_s=options.connect_s,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from common.config import DatasetName, DataSpec, Split
 from common.errors import DataError, SpecError, refusal
-from worker.data import Dataset, Samples, TensorSamples
+from worker.data import Dataset, PixelSamples, TensorSamples
+from worker.subsets import labeled_part, of_classes
 from worker.validation import hold_out
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -33,7 +34,7 @@ def load_dataset(spec: DataSpec, *, root: Path | None, download: bool = False) -
     """The data set that `spec` names, with validation samples taken out of its training samples if it says so.
 
     Args:
-        spec: name, and for `imagefolder` the image size.
+        spec: name, for `imagefolder` the image size, and what is left of the data set: classes and labels.
         root: this worker's data folder; not needed for the digits. With `split=own` each worker has its own.
         download: fetch CIFAR into `root` if it is not there.
 
@@ -41,7 +42,25 @@ def load_dataset(spec: DataSpec, *, root: Path | None, download: bool = False) -
         DataError: missing, unreadable or inconsistent data; the message names the path.
         SpecError: `spec` asks for what the data set cannot give.
     """
-    return hold_out(_read(spec, root, download), spec.validation)
+    return labeled_part(_all_labeled(spec, root, download), spec)[0]
+
+
+def load_held_back(spec: DataSpec, *, root: Path | None) -> PixelSamples:
+    """The training samples whose labels `data.labeled` holds back; their labels are the true ones.
+
+    Raises:
+        DataError, SpecError: as `load_dataset`, or no labels are held back.
+    """
+    held_back = labeled_part(_all_labeled(spec, root, download=False), spec)[1]
+    if held_back is None:
+        rule = "data.labeled, a number or fraction of the training images that keep their label"
+        raise SpecError(refusal(rule, "data.labeled", None, "no labels are held back"))
+    return held_back
+
+
+def _all_labeled(spec: DataSpec, root: Path | None, download: bool) -> Dataset:
+    """With validation samples taken out, which neither labels nor unlabeled images come from."""
+    return hold_out(of_classes(_read(spec, root, download), spec), spec.validation)
 
 
 def _read(spec: DataSpec, root: Path | None, download: bool) -> Dataset:
@@ -166,7 +185,7 @@ def _common_size(file: Path) -> int:
     return int(height)
 
 
-def _samples(files: list[Path], labels: Tensor, *, size: int, crop: bool) -> Samples:
+def _samples(files: list[Path], labels: Tensor, *, size: int, crop: bool) -> PixelSamples:
     lazy = ImageFiles(files, labels, size=size, crop=crop)
     if len(files) * 3 * size * size > IN_MEMORY_BYTES:
         return lazy
@@ -186,6 +205,10 @@ class ImageFiles:
     @property
     def labels(self) -> Tensor:
         return self._labels
+
+    @property
+    def maximum(self) -> int:
+        return 255
 
     def images(self, indices: Tensor) -> Tensor:
         return self.pixels(indices).to(torch.float32).div_(255)

@@ -17,6 +17,12 @@ class Purpose(StrEnum):
 
     PARAMETERS = "parameters"
     PERMUTATION = "permutation"
+    LABELED = "labeled"
+    """Which samples keep their label."""
+    UNLABELED = "unlabeled"
+    """The permutations of the pseudo-labeled samples."""
+    MIXTURE = "mixture"
+    """Labeled and pseudo-labeled samples within a batch."""
     AUGMENTATION = "augmentation"
     ATTACK = "attack"
     EVALUATION = "evaluation"

@@ -15,14 +15,15 @@ def backward_order(model: nn.Module, images_NCHW: Tensor) -> tuple[str, ...]:
     """Names of the parameters in the order in which backward finishes their gradients.
 
     It is found by trying: one forward and backward pass in eval mode, which leaves the model as it was. Parameters that
-    get no gradient come last. The order is a property of the model's graph, so all workers find the same one.
+    get no gradient come last; frozen ones are left out. The order is a property of the model's graph, so all workers
+    find the same one.
 
     Args:
         model: its parameters have no gradients yet.
         images_NCHW: an input of the right shape, on the model's device; its values do not matter.
     """
     finished: list[str] = []
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def watch(name: str, parameter: nn.Parameter) -> torch.utils.hooks.RemovableHandle:
         return parameter.register_post_accumulate_grad_hook(lambda _: finished.append(name))

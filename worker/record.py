@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from common.config import JobSpec
+from common.config import DataSpec, JobSpec, Split
 from common.errors import SpecError, StorageError, refusal
 from common.events import Emitter
 from worker.checkpoint import BEST, Checkpoint, best_checkpoint, copy_best, forget_after, save_checkpoint
@@ -197,6 +197,7 @@ class RunRecorder:
             "rounds": self._rounds,
             "spec": self._spec.model_dump(mode="json"),
             "data": describe_data(self._dataset),
+            "unlabeled": describe_unlabeled(self._dataset, self._spec.data),
             "classes": len(self._dataset.classes),
             "in_channels": self._dataset.in_channels,
             "image_size": self._dataset.image_size,
@@ -263,9 +264,25 @@ def described(best: Best) -> dict[str, Any]:
 
 def describe_data(dataset: Dataset) -> str:
     """What the workers of a job, or a model and its data, must agree on: size of the images, and the classes' names."""
-    digest = hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest()[:16]
     size = f"{dataset.in_channels}x{dataset.image_size}x{dataset.image_size}"
-    return f"{size} pixels, {len(dataset.classes)} classes with sha256 {digest}"
+    return f"{size} pixels, {describe_classes(dataset)}"
+
+
+def describe_classes(dataset: Dataset) -> str:
+    """Number of the classes, and a digest of their names."""
+    digest = hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest()[:16]
+    return f"{len(dataset.classes)} classes with sha256 {digest}"
+
+
+def describe_training_data(dataset: Dataset, spec: DataSpec) -> str:
+    """What the workers of a job must agree on: `describe_data`, and the unlabeled images if they divide them."""
+    unlabeled = describe_unlabeled(dataset, spec)
+    return describe_data(dataset) + (f", {unlabeled}" if unlabeled else "")
+
+
+def describe_unlabeled(dataset: Dataset, spec: DataSpec) -> str:
+    """Number and digest of the unlabeled images; empty if there are none, or each worker has its own."""
+    return str(dataset.unlabeled) if dataset.unlabeled and spec.split is Split.SHARED else ""
 
 
 def versions() -> dict[str, str]:

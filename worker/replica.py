@@ -36,6 +36,7 @@ class Replica:
         spec: OptimizerSpec,
         order: Sequence[str] | None = None,
         divide: Callable[[Sequence[TensorSpec]], Shares] | None = None,
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         """
         Args:
@@ -43,9 +44,11 @@ class Replica:
             spec: of its optimizer.
             order: of the parameters in that vector; where absent the model's own.
             divide: tells from `tensors` which part of the optimizer is this process's; where absent all of it.
+            frozen: names of parameters that stay as they are: they are in digests and checkpoints, and nowhere else.
         """
         self.model = model
-        self.parameters = FlatParameters(model, order)
+        self.parameters = FlatParameters(model, order, frozen)
+        self._frozen = [parameter for name, parameter in model.named_parameters() if name in frozen]
         self._buffers = averaged_buffers(model)
         theta = self.parameters.theta
         shares = divide(self.tensors) if divide else Shares.undivided(theta.numel())
@@ -127,8 +130,8 @@ class Replica:
         return [*self._buffers.values(), *self._counters.values()]
 
     def parameter_digest(self) -> bytes:
-        """XXH3-128 of parameters and averaged buffers: 16 bytes."""
-        return self._digest(self.parameters.theta, *self._buffers.values())
+        """XXH3-128 of parameters, frozen ones included, and averaged buffers: 16 bytes."""
+        return self._digest(self.parameters.theta, *self._frozen, *self._buffers.values())
 
     def replica_digest(self) -> bytes:
         """XXH3-128 of parameters, all buffers, optimizer state, averages and selection: what replicas have in common.
@@ -136,7 +139,7 @@ class Replica:
         Where local processes share the optimizer, this and `state_tensors` gather its state: all of them call it.
         """
         state = self.optimizer.state_tensors()
-        tensors = [self.parameters.theta, *self._all_buffers, *(state[name] for name in sorted(state))]
+        tensors = [self.parameters.theta, *self._frozen, *self._all_buffers, *(state[name] for name in sorted(state))]
         if self.average:
             averages = self.average.whole()
             tensors += [averages.theta, *averages.buffers.values()]

@@ -19,10 +19,12 @@ from worker.exchange.coordination import Admission
 from worker.local.team import LocalTeam
 from worker.models import build_model
 from worker.optimizers import Shares
+from worker.pretrained import Weights
 from worker.readiness import backward_order
-from worker.record import describe_data
+from worker.record import describe_data, describe_unlabeled
 from worker.replica import Replica
 from worker.trainer import Recorder, Trainer
+from worker.transfer import Initialized, freeze
 
 FREE_ON_RESUME = ("job_id", "servers", "exchange.", "evaluation.", "checkpoint.", "deadlines.", "overfitting.")
 """Keys of the job spec that may differ from the checkpoint's: none of them changes a parameter, but see `_bound`."""
@@ -40,6 +42,7 @@ class Workplace:
         layout: how its vectors are cut.
         round: the round to begin with.
         team: the local processes of this worker; None if there is one.
+        initialized: what was taken from another training's parameters, if anything was.
     """
 
     spec: JobSpec
@@ -49,6 +52,7 @@ class Workplace:
     layout: Layout
     round: int
     team: LocalTeam | None
+    initialized: Initialized | None = None
 
     @classmethod
     def build(
@@ -58,25 +62,31 @@ class Workplace:
         device: torch.device,
         checkpoint: Checkpoint | None,
         team: LocalTeam | None,
+        weights: Weights | None = None,
     ) -> Workplace:
-        """Builds everything from its parts.
+        """Builds everything from its parts; a checkpoint wins over `weights`.
 
         Raises:
             CheckpointError: the checkpoint is another job's.
             SpecError: a model that does not fit, or the checkpoint is of other data.
+            DataError: the weights are another model's.
         """
 
         def divide(tensors: Sequence[TensorSpec]) -> Shares:
             assert team is not None
             return team.divide(plan_layout(tensors, spec))
 
-        model = model_for(spec, dataset).to(device)
+        model = model_for(spec, dataset)
+        initialized = weights.give(model, spec.transfer, dataset) if weights and not checkpoint else None
+        frozen = freeze(model, spec.transfer.freeze)
+        model = model.to(device)
         example = dataset.train.images(torch.arange(2)).to(device)
-        replica = Replica(model, spec.optimizer, backward_order(model, example), divide if team else None)
+        replica = Replica(model, spec.optimizer, backward_order(model, example), divide if team else None, frozen)
         layout = plan_layout(replica.tensors, spec)
         if checkpoint:
             _refuse_other_job(checkpoint, spec, layout)
             refuse_other_data(checkpoint, dataset)
+            _refuse_other_unlabeled(checkpoint, dataset)
             replica.load_state(checkpoint.tensors)
             replica.selection = checkpoint.selection
         return cls(
@@ -87,10 +97,11 @@ class Workplace:
             layout=layout,
             round=checkpoint.round if checkpoint else 0,
             team=team,
+            initialized=initialized,
         )
 
     def plan(self, samples: tuple[int, ...]) -> BatchPlan:
-        """Who draws what; `samples`: of each worker's data, by worker_index."""
+        """Who draws what; `samples`: labeled ones of each worker's data, by worker_index."""
         spec = self.spec
         return BatchPlan(
             samples_by_worker=samples,
@@ -98,6 +109,8 @@ class Workplace:
             batch_per_worker=spec.data.batch_per_worker,
             workers=spec.workers,
             seed=spec.seed,
+            unlabeled=self.dataset.unlabeled.samples if self.dataset.unlabeled else 0,
+            unlabeled_per_batch=spec.data.unlabeled_per_batch,
         )
 
     def trainer(
@@ -171,6 +184,13 @@ def refuse_other_data(checkpoint: Checkpoint, dataset: Dataset) -> None:
     ours = describe_data(dataset)
     if ours != checkpoint.data:
         raise SpecError(refusal(f"data of the checkpoint ({checkpoint.data})", "data", ours, str(checkpoint.path)))
+
+
+def _refuse_other_unlabeled(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    ours = describe_unlabeled(dataset, checkpoint.spec.data)
+    if ours != checkpoint.unlabeled:
+        rule = f"unlabeled data of the checkpoint ({checkpoint.unlabeled})"
+        raise SpecError(refusal(rule, "unlabeled", ours, str(checkpoint.path)))
 
 
 def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec, layout: Layout) -> None:

@@ -23,7 +23,6 @@ from common.spec_sources import job_spec_from_json
 from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import load_checkpoint
-from worker.datasets import load_dataset
 from worker.evaluation import Evaluation
 from worker.exchange.coordination import Admission, End
 from worker.exchange.ps import ParameterServerExchange
@@ -32,6 +31,8 @@ from worker.local.group import GroupBrokenError, join_store
 from worker.local.processes import About, Order, built, trace_beside
 from worker.local.team import LocalTeam
 from worker.overfitting import OverfittingCheck
+from worker.pretrained import initial_weights
+from worker.pseudo_labels import load_training_data
 from worker.trainer import RoundReport
 from worker.workplace import Workplace, open_device
 
@@ -72,10 +73,15 @@ def build(order: Order) -> Workplace:
     """
     device = open_device(order.devices[order.local_rank], order.threads)
     spec = job_spec_from_json(order.job_spec)
-    dataset = load_dataset(spec.data, root=Path(order.data) if order.data else None)
+    dataset = load_training_data(spec.data, root=_path(order.data), unlabeled=_path(order.unlabeled))
     checkpoint = load_checkpoint(Path(order.checkpoint)) if order.checkpoint else None
+    weights = None if checkpoint else initial_weights(spec.transfer, _path(order.init))
     team = LocalTeam(spec, order.local_rank, len(order.devices))
-    return Workplace.build(spec, dataset, device, checkpoint, team)
+    return Workplace.build(spec, dataset, device, checkpoint, team, weights)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def take_part(workplace: Workplace, admission: Admission, order: Order, emit: Emitter) -> None:

@@ -60,6 +60,8 @@ class Order:
         devices: of all local processes.
         threads: of each, on the CPU.
         data: data folder, if the data set needs one.
+        unlabeled: file of pseudo-labeled images, if the job has any.
+        init: file or folder of initial parameters, if the job starts from any.
         checkpoint: folder to load the state from.
         saves: whether process 0 saves checkpoints.
         connect_s: how long to wait for a server to answer.
@@ -76,6 +78,8 @@ class Order:
     saves: bool
     connect_s: float
     trace: str | None = None
+    unlabeled: str | None = None
+    init: str | None = None
     local_rank: int = 0
     store_port: int = 0
 

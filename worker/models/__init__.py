@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from common.config import ModelName, ModelSpec
 from common.errors import SpecError, refusal
 from worker.models import preact, resnet, small_cnn
+from worker.models.enlarge import Enlarge
+from worker.models.fixed_norm import fixed_statistics
 from worker.models.normalize import Normalize
 from worker.randomness import Purpose, stream_seed
 
@@ -49,7 +51,7 @@ def build_model(
     """The network that `spec` names, initialized from `seed` alone, on the CPU and in train mode.
 
     Args:
-        spec: architecture and width.
+        spec: architecture, width, and the size to which the model enlarges its images.
         in_channels: channels of the images, 1 or 3.
         image_size: side of the square images in pixels.
         classes: K, the logits.
@@ -59,22 +61,30 @@ def build_model(
     Raises:
         SpecError: a width where the architecture has none, or images that it cannot take.
     """
-    _refuse_unfit(spec, in_channels=in_channels, image_size=image_size)
+    input_size = image_size if spec.input_size is None else spec.input_size
+    if input_size < image_size:
+        rule = f"at least {image_size}, the images' own size"
+        raise SpecError(refusal(rule, "model.input_size", input_size))
+    _refuse_unfit(spec, in_channels=in_channels, image_size=input_size)
     width = spec.width if spec.width is not None else _WIDTHS.get(spec.name, 0)
     # layers draw their weights from the CPU's global generator: lend it to them, and seed it alone
     with _LENDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, Purpose.PARAMETERS))
-        network = _network(spec.name, in_channels=in_channels, image_size=image_size, classes=classes, width=width)
-    return nn.Sequential(Normalize(mean, std), network)
+        network = _network(spec.name, in_channels=in_channels, image_size=input_size, classes=classes, width=width)
+    first: nn.Module = Normalize(mean, std)
+    if input_size > image_size:
+        first = nn.Sequential(Enlarge(image_size, input_size), first)
+    return nn.Sequential(first, network)  # the network's names do not depend on what is before it
 
 
 def averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that workers average each round: batch-norm statistics, float32, in a fixed order.
 
-    Constants (non-persistent) and counters (not floating) are no statistics.
+    Constants (non-persistent) and counters (not floating) are no statistics; statistics that are frozen stay as they
+    are, and an average of equal numbers may be rounded.
     """
-    persistent = model.state_dict(keep_vars=True)
-    return {name: b for name, b in model.named_buffers() if name in persistent and b.is_floating_point()}
+    averaged = model.state_dict(keep_vars=True).keys() - fixed_statistics(model)
+    return {name: b for name, b in model.named_buffers() if name in averaged and b.is_floating_point()}
 
 
 def _refuse_unfit(spec: ModelSpec, *, in_channels: int, image_size: int) -> None:

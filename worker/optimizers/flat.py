@@ -49,18 +49,21 @@ class FlatParameters:
     parameters: tuple[nn.Parameter, ...]
     """By layer."""
 
-    def __init__(self, model: nn.Module, order: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, order: Sequence[str] | None = None, frozen: frozenset[str] = frozenset()
+    ) -> None:
         """Takes over `model`'s parameters.
 
         Args:
             model: on its device.
             order: names of all parameters in the order of the vectors; that of `named_parameters()` where absent.
+            frozen: names of parameters that stay out of the vectors: nothing updates them, and they do not travel.
 
         Raises:
             SpecError: no parameters, one that is used under two names or shares its storage, is not float32, or is
-                frozen (an optimizer would decay it all the same).
+                frozen without being named so (an optimizer would decay it all the same).
         """
-        named = list(model.named_parameters(remove_duplicate=False))
+        named = [pair for pair in model.named_parameters(remove_duplicate=False) if pair[0] not in frozen]
         _refuse_unfit(named)
         if order is not None:
             place = {name: index for index, name in enumerate(order)}
