@@ -167,7 +167,8 @@ def _method(spec: JobSpec) -> str:
         parts += [f"{attack.replays} replays"] * (attack.replays > 1)
         parts += ["KL"] * (attack.loss is AttackLoss.KL)
         parts += [f"epsilon warm-up {attack.warmup:.3g}"] * (attack.warmup > 0)
-    parts += [f"noise {smoothing.noise_std:g} in {smoothing.samples} copies"] * (smoothing.noise_std > 0)
+    parts += [f"noise {smoothing.noise_std:g}"] * (smoothing.noise_std > 0)
+    parts += [f"{smoothing.samples} copies"] * (smoothing.samples > 1)
     parts += [f"TRADES beta {spec.objective.beta:g}"] * (spec.objective.name is ObjectiveName.TRADES)
     return ", ".join(parts)
 

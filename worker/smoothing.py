@@ -9,13 +9,31 @@ more workers with smaller batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import SmoothingSpec
+from worker.randomness import Purpose, stream_generator
+
+
+def noise_generators(
+    seed: int, batch: int, indices: Sequence[int], owner: int | None, device: torch.device | str = "cpu"
+) -> Iterator[torch.Generator]:
+    """A generator for each sample of a batch, made when it is asked for.
+
+    Args:
+        seed: the job's.
+        batch: the batch's number over the training.
+        indices: the samples' numbers in their data.
+        owner: where each worker has data of its own, the worker whose they are: its sample of a number is another one
+            than the others' of that number.
+        device: where the noise is drawn; a different device draws different numbers.
+    """
+    owners = () if owner is None else (owner,)
+    return (stream_generator(seed, Purpose.SMOOTHING, batch, index, *owners, device=device) for index in indices)
 
 
 def draw_noise(spec: SmoothingSpec, images_NCHW: Tensor, generators: Iterable[torch.Generator]) -> Tensor | None:

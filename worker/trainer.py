@@ -23,12 +23,12 @@ from worker.local.team import Alone, Team
 from worker.metrics import RoundMetrics
 from worker.objectives import LocalCost, local_cost
 from worker.overfitting import OverfittingCheck, check_attack, check_overfitting
-from worker.randomness import Purpose, round_generator, stream_generator
+from worker.randomness import Purpose, round_generator
 from worker.readiness import BucketReadiness, watch_layers
 from worker.replays import Replays
 from worker.replica import Replica
 from worker.schedules import Schedule
-from worker.smoothing import draw_noise, smoothed
+from worker.smoothing import draw_noise, noise_generators, smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,10 +241,8 @@ class Trainer:
         if self.spec.data.augment:
             images = augment(images, self._generator(number, Purpose.AUGMENTATION))
         start = attack.start(images, self._generator(number, Purpose.ATTACK))
-        # with data of its own, a worker's sample of this index is another one than the others'
-        owner = () if self.spec.data.split is Split.SHARED else (self._worker_index,)
-        keys = ((number, index, *owner) for index in indices[part].tolist())
-        generators = (stream_generator(self.spec.seed, Purpose.SMOOTHING, *k, device=self._device) for k in keys)
+        owner = None if self.spec.data.split is Split.SHARED else self._worker_index
+        generators = noise_generators(self.spec.seed, number, indices[part].tolist(), owner, self._device)
         noise = draw_noise(self.spec.smoothing, images[part], generators)
         return _Batch(images=images[part], labels=labels, start=start[part], noise=noise)
 

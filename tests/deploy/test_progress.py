@@ -101,6 +101,16 @@ def test_rounds_add_up_bytes_of_all_workers_and_seconds_of_one() -> None:
     assert (view.seconds, view.remaining_s) == (1.4, 1.4)
 
 
+def test_a_warning_of_overfitting_is_shown_and_where_it_ended_the_training_so_is_the_end() -> None:
+    text = "round 20: catastrophic overfitting, accuracy on 256 training images 0.010 under PGD-10, 0.970 as trained on"
+    view = seen([*STARTED, *ADMITTED, {"event": "overfitting", "process": "worker-1", "round": 20, "text": text}])
+    assert view.message == text
+    assert "catastrophic overfitting" in text_of(render(view))
+    ended = {**result(0.9, 0.0), "ended": f"ended after round 20 of 150: {text}"}
+    assert "ended after round 20 of 150" in text_of(summary("digits-dat-fgsm", "runs/a", ended, "PGD-20"))
+    assert "ended" not in text_of(summary("digits-dat-fgsm", "runs/a", result(0.9, 0.0), "PGD-20"))
+
+
 def test_a_late_round_of_a_slow_worker_does_not_turn_the_clock_back() -> None:
     first, late = rounds(2)[0], rounds(1)[1]
 

@@ -238,3 +238,45 @@ def test_a_job_is_told_in_words() -> None:
     settings = ["optimizer.name=sgd", "optimizer.learning_rate=0.1", "optimizer.base_batch=64", "workers=8"]
     assert "sgd at 0.8 (0.1 for 64 samples)" in in_words(load_job_spec(settings=settings))
     assert robust_name(spec) == "PGD-20, epsilon 0.2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["attack.norm=l2", "attack.epsilon=0.5", "attack.steps=4"], "pgd epsilon 0.5 (l2), 4 steps"),
+        (["attack.name=fgsm", "attack.replays=4"], "fgsm epsilon 8/255, 4 replays"),
+        (["attack.loss=kl", "objective.name=trades"], "pgd epsilon 8/255, 10 steps, KL, TRADES beta 6"),
+        (["attack.warmup=1/3"], "pgd epsilon 8/255, 10 steps, epsilon warm-up 0.333"),
+        (
+            ["attack.norm=l2", "attack.epsilon=1", "smoothing.noise_std=0.25", "smoothing.samples=20"],
+            "pgd epsilon 1 (l2), 10 steps, noise 0.25, 20 copies",
+        ),
+        (["attack.name=none", "smoothing.noise_std=0.5"], "no attack, noise 0.5"),
+    ],
+)
+def test_attack_smoothing_and_objective_are_told_in_words(settings: list[str], words: str) -> None:
+    spec = load_job_spec(settings=settings)
+    assert in_words(spec) == f"small_cnn on digits, {words}, lamb, 8-bit randomized one way"
+
+
+def test_an_l2_evaluation_says_so() -> None:
+    assert robust_name(load_job_spec(settings=["attack.norm=l2", "attack.epsilon=0.5"])) == "PGD-20, epsilon 0.5 (l2)"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["attack.name=fgsm", "attack.replays=4"],
+        ["attack.loss=kl", "objective.name=trades"],
+        ["attack.name=fgsm", "overfitting.check_every_epochs=2"],
+        ["attack.norm=l2", "attack.epsilon=2", "smoothing.noise_std=0.25"],
+    ],
+    ids=" ".join,
+)
+def test_every_method_has_a_baseline_without_attack_judged_by_the_same_one(settings: list[str]) -> None:
+    spec = load_job_spec(settings=settings)
+    baseline = baseline_spec(spec)
+    assert baseline.attack.name is AttackName.NONE
+    assert baseline.evaluation_attack == spec.evaluation_attack
+    assert baseline.smoothing == spec.smoothing
+    assert baseline.overfitting_check_epochs == 0

@@ -36,7 +36,8 @@ def test_a_model_that_is_right_only_where_one_step_ends_is_found_out() -> None:
     images, labels = torch.full((64, 1, 1, 1), 0.51), torch.zeros(64, dtype=torch.int64)
     one_step = fgsm(0.2).model_copy(update={"random_start": False})
     check = check_of(Overfitted().eval(), images, labels, one_step)
-    assert (check.trained_accuracy, check.pgd_accuracy) == (1.0, 0.0)
+    assert check.trained_accuracy == 1
+    assert check.pgd_accuracy < 0.1
     assert check.overfits(0.5)
 
 

@@ -15,7 +15,7 @@ from tests.method.test_attacks import ExplodingModel
 from tests.method.test_norms_and_losses import attack_of, double_batch, smooth_model
 from worker.models import build_model
 from worker.objectives import local_cost
-from worker.smoothing import SmoothedModel, draw_noise, noisy_copies, smoothed
+from worker.smoothing import SmoothedModel, draw_noise, noise_generators, noisy_copies, smoothed
 
 SPEC = SmoothingSpec(noise_std=0.25, samples=5)
 
@@ -56,6 +56,21 @@ def test_a_sample_has_the_same_noise_in_every_batch() -> None:
     together = noise_of(images, [0, 1, 2, 3, 4, 5])
     apart = torch.cat([noise_of(images[part], numbers) for part, numbers in ((slice(4, 6), [4, 5]), (slice(1), [0]))])
     assert torch.equal(apart, together[[4, 5, 0]])
+
+
+def test_the_noise_of_a_sample_depends_on_seed_batch_number_and_owner() -> None:
+    images, _ = batch(2)
+
+    def drawn(seed: int, number: int, indices: list[int], owner: int | None) -> list[Tensor]:
+        noise = draw_noise(SPEC, images[: len(indices)], noise_generators(seed, number, indices, owner))
+        assert noise is not None
+        return list(noise)
+
+    (first, second), (again,) = drawn(0, 3, [7, 8], None), drawn(0, 3, [8], None)
+    assert torch.equal(second, again)
+    others = [drawn(*key)[0] for key in ((1, 3, [7], None), (0, 4, [7], None), (0, 3, [7], 0), (0, 3, [7], 1))]
+    different = [first, second, *others]
+    assert not any(torch.equal(a, b) for number, a in enumerate(different) for b in different[:number])
 
 
 def test_copies_stand_sample_by_sample_and_are_not_clamped() -> None:
