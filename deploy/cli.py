@@ -23,7 +23,7 @@ from rich.text import Text
 
 from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED
 from common.events import Emitter
-from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
+from common.spec_sources import load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
 from deploy.certify_cli import certify
@@ -32,17 +32,21 @@ from deploy.flags import devices_of, given
 from deploy.grpc_tuning import tune_grpc
 from deploy.options import (
     RESERVED,
+    BaselineOption,
+    ConnectOption,
     DataOption,
     DeviceOption,
     DevicesOption,
     DownloadOption,
     HostOption,
     InitOption,
+    JobIdOption,
     JobOption,
     JsonOption,
     RecipeOption,
     SetOption,
     StateOption,
+    TensorBoardOption,
     ThreadsOption,
     TraceFileOption,
     UnlabeledOption,
@@ -149,17 +153,8 @@ def worker(
         str,
         typer.Option(envvar=variable("worker_id"), help="Stable name.", default_factory=lambda: default_worker_id()),
     ],
-    job_id: Annotated[
-        str | None,
-        typer.Option(
-            envvar=f"{ENVIRONMENT_PREFIX}JOB_ID",
-            help="Refuse to join another job; any job if absent.",
-            show_default=False,
-        ),
-    ] = None,
-    connect_s: Annotated[
-        float, typer.Option(envvar=variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
-    ] = 60.0,
+    job_id: JobIdOption = None,
+    connect_s: ConnectOption = 60.0,
     host: HostOption = None,
     data: DataOption = None,
     download: DownloadOption = False,
@@ -223,15 +218,11 @@ def train(
     devices: DevicesOption = None,
     unlabeled: UnlabeledOption = None,
     init: InitOption = None,
-    baseline: Annotated[
-        bool, typer.Option(envvar=variable("baseline"), help="Afterwards train without attacks, to compare.")
-    ] = True,
+    baseline: BaselineOption = True,
     trace: Annotated[
         bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
     ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write TensorBoard events into the run folder, too.")
-    ] = False,
+    tensorboard: TensorBoardOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train on this machine: servers and workers as separate processes on 127.0.0.1.
