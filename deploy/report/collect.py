@@ -69,14 +69,22 @@ def collect(paths: Iterable[Path]) -> list[RunData]:
 
 
 def method_of(spec: JobSpec) -> str:
-    """What the paper calls such a training: `DAT-PGD`, `Fast AT`, `DAT-FGSM w/o LALR`, ..."""
+    """What the paper calls such a training: `DAT-PGD`, `Fast AT`, `DAT-FGSM w/o LALR`, `Smooth-DAT`, ..."""
     if spec.attack.name is AttackName.NONE:
         return "no attack"
-    one_step = spec.attack.name is AttackName.FGSM
-    if spec.workers == 1:
-        return "Fast AT" if one_step else "AT"
-    name = "DAT-FGSM" if one_step else "DAT-PGD"
-    return name if spec.optimizer.name is not OptimizerName.SGD else f"{name} w/o LALR"
+    one_step, alone = spec.attack.name is AttackName.FGSM, spec.workers == 1
+    if spec.smoothing.noise_std:
+        return "Smooth-AT" if alone else "Smooth-DAT"
+    if alone:
+        name = "Fast AT" if one_step else "AT"
+    elif spec.optimizer.name is OptimizerName.SGD and spec.optimizer.base_batch is not None:
+        name = "DAT-LSGD"
+    else:
+        name = "DAT-FGSM" if one_step else "DAT-PGD"
+        name += " w/o LALR" if spec.optimizer.name in (OptimizerName.SGD, OptimizerName.ADAMW) else ""
+    if spec.data.unlabeled_fraction:
+        name = f"Semi-supervised {name}"
+    return f"{name}, fine-tuned" if spec.transfer.init else name
 
 
 def communication_of(spec: JobSpec) -> str:

@@ -36,6 +36,8 @@ _OF_RESULT = (
     *("pushed_bytes_per_round", "pulled_bytes_per_round", "rounds", "parameters"),
 )
 """Figures of a run's result.json that become columns."""
+_SET_BY_INIT = ("transfer.init", "transfer.sha256")
+"""Keys of the job that `datps train --init` fills in."""
 CHOSEN_BY = "validation_robust_accuracy"
 """The figure that tuning looks at; never one of the test set."""
 
@@ -142,6 +144,8 @@ class Study:
         if (folder / runs.JOB).is_file():
             there, _ = runs.read_job(folder)
             for key, ours, theirs in differences(job, there):
+                if key in _SET_BY_INIT:
+                    continue
                 rule = f"{key}={ours} as the study says (or remove the folder)"
                 raise SpecError(refusal(rule, key, theirs, str(folder)))
             if runs.read_result(folder) is not None:
@@ -162,7 +166,9 @@ class Study:
             teacher = self._places.folder / run.unlabeled
             labels = teacher.with_name(f"{teacher.name}-pseudo-labels.safetensors")
             if not labels.is_file():
-                self._command(["pseudo-label", str(teacher), "--out", str(labels), *self._device()], teacher)
+                self._command(
+                    ["pseudo-label", str(teacher), "held-back", "--out", str(labels), *self._device()], teacher
+                )
             flags += ["--unlabeled", str(labels)]
         return flags
 

@@ -11,8 +11,9 @@ from common.config import JobSpec
 from common.errors import SpecError
 from common.spec_sources import load_job_spec
 from deploy import recipes
+from deploy.report.collect import communication_of, method_of
 
-NAMES = ["digits-dat-pgd", "cifar10-dat-fgsm", "cifar10-dat-pgd", "digits-dat-fgsm", "imagenet-dat-pgd"]
+NAMES = [each.name for each in recipes.all_recipes()]
 
 
 def job(name: str, *settings: str) -> JobSpec:
@@ -20,15 +21,15 @@ def job(name: str, *settings: str) -> JobSpec:
 
 
 def test_the_default_recipe_comes_first() -> None:
-    assert [each.name for each in recipes.all_recipes()] == NAMES
     assert NAMES[0] == recipes.DEFAULT
+    assert NAMES[1:] == sorted(path.stem for path in recipes.FOLDER.glob("*.yaml") if path.stem != recipes.DEFAULT)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_a_valid_job_with_a_description(name: str) -> None:
     recipe = recipes.recipe(name)
 
-    assert job(name).codec.two_sided
+    assert isinstance(job(name), JobSpec)
     assert recipe.text.startswith(f"# {recipe.description}\n")
     assert len(recipe.description) > 20
 
@@ -64,6 +65,36 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
     assert (spec.schedule.epochs, spec.schedule.warmup) == (30, 5 / 30)
     assert spec.schedule.decay_at == (20 / 30, 25 / 30, 28 / 30)
     assert spec.optimizer.weight_decay == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "communication", "drawn"),
+    [
+        ("imagenet-at", "AT", "32 bits", "1 x 512"),
+        ("imagenet-fast-at", "Fast AT", "32 bits", "1 x 512"),
+        ("imagenet-dat-pgd", "DAT-PGD", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-fgsm", "DAT-FGSM", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-pgd-no-lalr", "DAT-PGD w/o LALR", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-fgsm-no-lalr", "DAT-FGSM w/o LALR", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-lsgd", "DAT-LSGD", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-pgd-32bit", "DAT-PGD", "32 bits", "6 x 512"),
+        ("imagenet-dat-pgd-16bit", "DAT-PGD", "16 bits", "6 x 512"),
+        ("imagenet-dat-pgd-8bit", "DAT-PGD", "8 bits", "6 x 512"),
+        ("imagenet-dat-pgd-4bit-2sided", "DAT-PGD", "4 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-pgd-hpc", "DAT-PGD", "32 bits, HPC", "6 x 512"),
+        ("imagenet-dat-fgsm-hpc", "DAT-FGSM", "32 bits, HPC", "6 x 512"),
+        ("cifar10-semi-dat-pgd", "Semi-supervised DAT-PGD", "8 bits 2-sided", "12 x 2048"),
+        ("cifar10-semi-wrn-dat-fgsm", "Semi-supervised DAT-FGSM", "8 bits 2-sided", "12 x 128"),
+        ("cifar10-smooth-dat-012", "Smooth-DAT", "8 bits 2-sided", "4 x 32"),
+        ("cifar10-smooth-at-025", "Smooth-AT", "32 bits", "1 x 128"),
+        ("cifar10-finetune-dat-pgd", "DAT-PGD, fine-tuned", "8 bits 2-sided", "6 x 64"),
+        ("cifar100-finetune-dat-pgd", "DAT-PGD, fine-tuned", "8 bits 2-sided", "6 x 64"),
+    ],
+)
+def test_every_row_of_the_papers_tables_has_a_recipe(name: str, method: str, communication: str, drawn: str) -> None:
+    spec = job(name)
+    assert (method_of(spec), communication_of(spec)) == (method, communication)
+    assert f"{spec.workers} x {spec.data.batch_per_worker}" == drawn
 
 
 def test_the_cifar_recipes_are_the_papers() -> None:

@@ -50,6 +50,11 @@ def make_run(
         (("workers=1", "attack.name=fgsm"), "Fast AT"),
         (("workers=6",), "DAT-PGD"),
         (("workers=6", "attack.name=fgsm", "optimizer.name=sgd"), "DAT-FGSM w/o LALR"),
+        (("workers=6", "optimizer.name=sgd", "optimizer.base_batch=128"), "DAT-LSGD"),
+        (("workers=6", "data.unlabeled_fraction=0.5"), "Semi-supervised DAT-PGD"),
+        (("workers=6", "transfer.init=true"), "DAT-PGD, fine-tuned"),
+        (("workers=6", "smoothing.noise_std=0.25", "smoothing.samples=20"), "Smooth-DAT"),
+        (("workers=1", "smoothing.noise_std=0.25"), "Smooth-AT"),
         (("workers=6", "attack.name=none"), "no attack"),
     ],
 )
@@ -74,6 +79,8 @@ def test_every_method_and_setting_of_the_papers_tables_can_be_met_by_a_job() -> 
             ("codec.name=none", "codec.two_sided=false", "exchange.topology=collective"),
         )
     }
+    semi = {method_of(job(f"attack.name={a}", "data.unlabeled_fraction=0.5")) for a in ("pgd", "fgsm")}
+    assert {row.method for row in paper.TABLE_3} == semi
     assert {row.method for row in paper.TABLE_1} <= methods
     assert {row.method for row in paper.TABLE_4} <= methods
     assert {row.setting for row in paper.TABLE_4} == communications

@@ -156,7 +156,7 @@ def test_rows_start_from_models_that_earlier_rows_have_trained(tmp_path: Path) -
     study(text, tmp_path, machine).run()
     labels = str(tmp_path / "32-bits/seed-1-pseudo-labels.safetensors")
     labelling, training = machine.commands[-2:]
-    assert labelling[:4] == ["pseudo-label", str(tmp_path / "32-bits/seed-1"), "--out", labels]
+    assert labelling[:5] == ["pseudo-label", str(tmp_path / "32-bits/seed-1"), "held-back", "--out", labels]
     assert training[training.index("--init") + 1] == str(tmp_path / "32-bits/seed-1")
     assert training[training.index("--unlabeled") + 1] == labels
 
