@@ -45,6 +45,8 @@ class Checkpoint:
     std: tuple[float, ...]
     data: str
     tensors: Mapping[str, Tensor]
+    parameter_digest: str = ""
+    """Of parameters and averaged buffers, as the run's result.json tells it."""
 
 
 def checkpoint_name(round_: int) -> str:
@@ -130,6 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             spec=job_spec_from_json(json.dumps(description["spec"])),
             tensors=load_file(path / TENSORS),
             data=str(description["data"]),
+            parameter_digest=str(description.get("parameter_digest", "")),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),
             **{name: int(description[name]) for name in ("round", "rounds", "classes", "in_channels", "image_size")},

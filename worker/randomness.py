@@ -22,6 +22,7 @@ class Purpose(StrEnum):
     EVALUATION = "evaluation"
     SMOOTHING = "smoothing"
     OVERFITTING = "overfitting"
+    SUBSET = "subset"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:
