@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,16 +35,16 @@ def two_layers(digits: Dataset) -> nn.Sequential:
     for step in range(80):
         noise = torch.randn(images.shape, generator=generator(step)) * 0.3
         optimizer.zero_grad()
-        (nn.functional.cross_entropy(model(images + noise), labels)).backward()
+        nn.functional.cross_entropy(model(images + noise), labels).backward()
         optimizer.step()
     optimizer.zero_grad()
     return model.eval()
 
 
 @pytest.fixture
-def module_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+def module_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """A module in the working directory, of a name that no other test has imported."""
     name = "judged_" + "".join(c if c.isalnum() else "_" for c in request.node.name)
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    yield name
+    return name

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,18 +67,17 @@ class Folder:
                 rule = f"an evaluation of this model (digest {model_digest})"
                 raise SpecError(refusal(rule, "digest", theirs, str(path)))
 
-    def part(self, label: str, identity: Mapping[str, Any]) -> Part:
+    def part(self, name: str, identity: Mapping[str, Any]) -> Part:
         """What there is of an attack.
 
         Args:
-            label: what people call it; part of the file's name.
+            name: what the file's name begins with.
             identity: all that its verdicts depend on, JSON-able; verdicts of another identity have another file.
 
         Raises:
             StorageError: it cannot be written.
         """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        name = re.sub(r"[^A-Za-z0-9.=-]+", "_", label)[:60]
         return Part(self.path / PARTS / f"{name}-{digest}.jsonl", identity)
 
     def write(self, result: Mapping[str, Any], samples: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from types import TracebackType
 from typing import Any, Self
 
@@ -167,6 +167,7 @@ def _leash(from_parent: Any) -> queue.SimpleQueue[Unit]:
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """A process that is started meanwhile never hears Ctrl-C: what it means is its starter's to decide."""
+    resource_tracker.ensure_running()  # the first start would do it, and unblock interrupts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

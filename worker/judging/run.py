@@ -147,7 +147,7 @@ class Run:
         request = None if attack is None else self.order.requests[attack]
         part = None
         if self.folder and request:
-            part = self.folder.part(request.label, self._identity(request))
+            part = self.folder.part(request.name.value, self._identity(request))
         label = request.label if request else CLEAN_LABEL
         return _Progress(label=label, batches=self.order.batches, part=part)
 
