@@ -194,7 +194,7 @@ class EvaluationAttackSpec(Section):
 
     epsilon: Number | None = Field(default=None, ge=0)
     """Radius in pixel units, in the training attack's norm; the training attack's where absent (paper, section 6.1)."""
-    steps: int = Field(default=20, ge=1, le=10000)
+    steps: int = Field(default=20, ge=1, le=1000)
     """Attack steps."""
     step_size: Number | None = Field(default=None, gt=0)
     """Step size in pixel units; epsilon / 8 where absent."""

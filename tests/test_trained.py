@@ -10,7 +10,8 @@ from torch import nn
 
 from common.errors import SpecError
 from worker.evaluation import evaluate
-from worker.trained import evaluate_model, open_model
+from worker.judging.evaluation import evaluate_model
+from worker.trained import open_model
 
 MODULE = """
 import torch

@@ -52,7 +52,7 @@ class Checkpoint:
     unlabeled: str = ""
     """What `describe_unlabeled` said of the training data."""
     parameter_digest: str = ""
-    """In hex."""
+    """Of parameters and averaged buffers, as the run's result.json tells it."""
 
 
 def checkpoint_name(round_: int) -> str:

@@ -80,7 +80,7 @@ def evaluate(
         for start in range(worker_index * batch, total, workers * batch):
             indices = torch.arange(start, min(start + batch, total))
             images = samples.images(indices)
-            starts = _starts(attack, images, indices, seed).to(device)
+            starts = random_starts(attack, images, indices, seed).to(device)
             images, targets = images.to(device), labels[indices].to(device)
             clean += correct(model(images), targets)
             robust += correct(model(attack.perturb(model, images, targets, starts)), targets)
@@ -88,10 +88,14 @@ def evaluate(
     return Evaluation(samples=seen, clean_correct=int(clean), robust_correct=int(robust))
 
 
-def _starts(attack: Attack, images_NCHW: Tensor, indices: Tensor, seed: int) -> Tensor:
-    """Each sample's start from its own stream, drawn on the CPU: the same on every device and in every batch."""
+def random_starts(attack: Attack, images_NCHW: Tensor, indices: Tensor, seed: int, restart: int = 0) -> Tensor:
+    """Each sample's start from its own stream, drawn on the CPU: the same on every device and in every batch.
+
+    Restarts are counted from 0, and each has a stream of its own.
+    """
+    counters = (restart,) if restart else ()
     starts = [
-        attack.start(image, stream_generator(seed, Purpose.EVALUATION, index))
+        attack.start(image, stream_generator(seed, Purpose.EVALUATION, index, *counters))
         for image, index in zip(torch.split(images_NCHW, 1), indices.tolist(), strict=True)
     ]
     return torch.cat(starts)

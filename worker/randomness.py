@@ -31,6 +31,7 @@ class Purpose(StrEnum):
     SMOOTHING = "smoothing"
     OVERFITTING = "overfitting"
     VALIDATION = "validation"
+    SUBSET = "subset"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:

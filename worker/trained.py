@@ -19,9 +19,7 @@ from common.spec_sources import load_job_spec
 from worker.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from worker.data import Dataset
 from worker.datasets import load_dataset
-from worker.evaluation import evaluate
 from worker.models import build_model
-from worker.record import accuracies
 from worker.replica import has_average, load_model
 from worker.workplace import open_device, refuse_other_data
 
@@ -80,7 +78,8 @@ def open_model(
         device, threads: see `open_device`.
 
     Raises:
-        SpecError: no such model, a bad setting or device, another model, or data that the model was not made for.
+        SpecError: no such model, a bad setting or device, another model, or data that the model was not made for: it
+            does not take its images, or its logits are not one for each of its classes.
         CheckpointError: the checkpoint is damaged.
         DataError: the data is missing.
     """
@@ -99,7 +98,7 @@ def open_model(
     dataset = load_dataset(spec.data, root=data)
     if checkpoint:
         refuse_other_data(checkpoint, dataset)
-    return TrainedModel(
+    opened = TrainedModel(
         name=str(checkpoint.path) if checkpoint else model,
         module=module.to(target).eval(),
         spec=spec,
@@ -108,33 +107,8 @@ def open_model(
         checkpoint=checkpoint,
         weights=chosen,
     )
-
-
-def evaluate_model(model: str, **options: Any) -> dict[str, Any]:
-    """TA and RA of a model, on its job's test data and with its evaluation attack unless settings say otherwise.
-
-    For arguments and errors see `open_model`.
-    """
-    opened = open_model(model, **options)
-    spec, attack = opened.spec, opened.spec.evaluation_attack
-    evaluation = evaluate(
-        opened.module,
-        opened.dataset.test,
-        attack,
-        batch=spec.evaluation.batch,
-        seed=spec.seed,
-        device=opened.device,
-    )
-    checkpoint = opened.checkpoint
-    return {
-        "model": opened.name,
-        **({"round": checkpoint.round, "rounds": checkpoint.rounds} if checkpoint else {}),
-        **({"architecture": spec.model.name.value, "weights": opened.weights.value} if checkpoint else {}),
-        "data": spec.data.name.value,
-        "samples": evaluation.samples,
-        **accuracies(evaluation),
-        "attack": attack.model_dump(mode="json"),
-    }
+    _refuse_other_logits(opened)
+    return opened
 
 
 def _names_an_attribute(model: str) -> bool:
@@ -194,3 +168,24 @@ def _refuse_other_model(checkpoint: Checkpoint, spec: JobSpec) -> None:
     if spec.model != theirs:
         rule = f"the checkpoint's model ({theirs.name}, width={theirs.width})"
         raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
+
+
+def _refuse_other_logits(opened: TrainedModel) -> None:
+    """Tries the model on two images of its data."""
+    dataset, classes = opened.dataset, len(opened.dataset.classes)
+    images = dataset.test.images(torch.arange(2)).to(opened.device)
+    shape = f"[N, {', '.join(map(str, images.shape[1:]))}]"
+    try:
+        with torch.no_grad():
+            logits = opened.module(images)
+    except Exception as error:  # somebody else's module may raise anything
+        reason = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
+        raise SpecError(refusal(f"a model of images {shape} ({dataset.name})", "model", opened.name, reason)) from error
+    rule = f"a model with logits [N, {classes}], one for each class of {dataset.name}"
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2 or logits.shape[1] != classes:
+        got = (
+            f"[N, {', '.join(map(str, logits.shape[1:]))}]"
+            if isinstance(logits, torch.Tensor)
+            else type(logits).__name__
+        )
+        raise SpecError(refusal(rule, "logits", got, opened.name))

@@ -64,7 +64,19 @@ def page(title: str, tables: Iterable[Table], pictures: Iterable[Picture]) -> st
 
 def runs_table(data: Sequence[RunData], names: Mapping[str, str]) -> Table:
     """All runs, with what they cost."""
-    head = ("run", "method", "data", "model", "M x B", "communication", "epochs", "TA %", "RA %", "C, s", "T, s")
+    head: tuple[str, ...] = (
+        "run",
+        "method",
+        "data",
+        "model",
+        "M x B",
+        "communication",
+        "epochs",
+        "TA %",
+        "RA %",
+        "C, s",
+        "T, s",
+    )
     head += ("pushed, MB", "pulled, MB")
     rows = []
     for run in data:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import deploy.train
 import ps.daemon
 import worker.daemon
-import worker.trained
+import worker.judging.evaluation
 from common.config import JobSpec
 from common.errors import CheckpointError, PeerLostError
 from common.spec_sources import environment_name, spec_keys
@@ -264,14 +264,15 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_evaluate_tells_both_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"round": 150, "clean_accuracy": 0.981, "robust_accuracy": 0.75, "attack": {"steps": 50, "epsilon": None}}
+    accuracies = {"clean_accuracy": 0.981, "robust_accuracy": 0.75, "attack": {"steps": 50, "epsilon": None}}
+    found = {"round": 150, **accuracies, "attacks": [], "sweeps": []}
     calls: list[tuple[Any, ...]] = []
 
     def evaluate(model: str, **options: Any) -> dict[str, Any]:
         calls.append((model, options))
         return found
 
-    monkeypatch.setattr(worker.trained, "evaluate_model", evaluate)
+    monkeypatch.setattr(worker.judging.evaluation, "evaluate_model", evaluate)
 
     people = datps("evaluate", "runs/latest", "--set", "evaluation.attack.steps=50").stdout
     assert "98.1 %" in people

@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes.test_worker_in_thread import train_alone
 from worker.checkpoint import find_checkpoint, load_checkpoint
-from worker.trained import evaluate_model
+from worker.judging.evaluation import evaluate_model
 
 OVERFITS = ("attack.name=fgsm", "attack.epsilon=0.3", "overfitting.least_ratio=1", "model.width=8")
 """At the ratio 1 any difference is one."""

@@ -19,9 +19,9 @@ from common.events import Emitter
 from tests.support import DEADLINE_S, job, running_server
 from worker.checkpoint import find_checkpoint, load_checkpoint
 from worker.daemon import WorkerOptions, run
+from worker.judging.evaluation import evaluate_model
 from worker.models import build_model
 from worker.replica import load_model
-from worker.trained import evaluate_model
 
 TRAINING_S = 60.0
 FAST = ("attack.epsilon=0.2", "attack.steps=1", "attack.step_size=0.1", "evaluation.attack.steps=1")

@@ -19,8 +19,8 @@ from tests.processes.test_worker_in_thread import TRAINING_S, error_of, image_fo
 from tests.support import DEADLINE_S, job, running_server
 from worker.checkpoint import load_checkpoint
 from worker.datasets import load_dataset
+from worker.judging.evaluation import evaluate_model
 from worker.record import describe_data
-from worker.trained import evaluate_model
 from worker.workplace import Workplace
 
 JUDGED = ("evaluation.every_epochs=1", "evaluation.attack.steps=1", "attack.steps=1", "attack.epsilon=0.1")
