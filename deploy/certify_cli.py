@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from common.config import JobSpec
 from common.errors import SpecError, refusal
 from deploy.evaluation_cli import ModelArgument
 from deploy.options import (
@@ -40,7 +41,11 @@ RADII = "0.05,0.1,0.15,0.2,0.3,0.4,0.5"
 
 NoiseOption = Annotated[
     float | None,
-    typer.Option("--noise-std", help="Standard deviation of the noise, of pixels in [0, 1].", show_default=False),
+    typer.Option(
+        "--noise-std",
+        help="Standard deviation of the noise, of pixels in [0, 1]; where absent that of the training.",
+        show_default=False,
+    ),
 ]
 SelectionOption = Annotated[int, typer.Option("--n0", help="Noisy copies that select a sample's class.")]
 EstimationOption = Annotated[int, typer.Option("--n", help="Noisy copies that estimate its probability.")]
@@ -102,7 +107,7 @@ def certify(
             reserved=RESERVED,
         )
         monte_carlo = CertificationSettings(
-            noise_std=_noise_std(noise_std), n0=n0, n=n, alpha=alpha, seed=opened.spec.seed
+            noise_std=_noise_std(noise_std, opened.spec), n0=n0, n=n, alpha=alpha, seed=opened.spec.seed
         )
         indices = range(0, len(opened.dataset.test.labels), every)
         parameters = parameters_of(opened, monte_carlo, every)
@@ -154,11 +159,16 @@ def _progress(samples: int, done: int, draws: int) -> Iterator[Callable[[int], N
         yield drawn
 
 
-def _noise_std(flag: float | None) -> float:
-    """The flag's; the one place to take it from elsewhere."""
-    if flag is None:
-        raise SpecError(refusal("--noise-std", "noise_std", flag, "the noise that the model was trained for"))
-    return flag
+def _noise_std(flag: float | None, spec: JobSpec) -> float:
+    """The flag's, or that of the training.
+
+    Raises:
+        SpecError: there is neither.
+    """
+    noise_std = spec.smoothing.noise_std if flag is None else flag
+    if flag is None and noise_std == 0:
+        raise SpecError(refusal("--noise-std", "noise_std", flag, "the model was trained without noise"))
+    return noise_std
 
 
 def _radii(text: str) -> list[float]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.config import AttackName, CodecName, JobSpec, OptimizerName, Topology
 from common.errors import SpecError, refusal
 from deploy import runs
+from worker.certificates import CertifiedSample
 
-ROUNDS, EVALUATIONS = "rounds.jsonl", "evaluations.jsonl"
+ROUNDS, EVALUATIONS, EVALUATION = "rounds.jsonl", "evaluations.jsonl", "evaluation.json"
+CERTIFICATES = "# datps certify "
+"""What a file of certificates begins with."""
 PHASES = ("attack_s", "compute_s", "communication_s", "evaluation_s")
 """Phases of a round, by their names in rounds.jsonl."""
 
@@ -28,6 +31,8 @@ class RunData:
         result: of result.json; None of a run that is not complete.
         rounds: lines of rounds.jsonl.
         evaluations: (epoch, TA, RA) in order, fractions.
+        judged: of each evaluation.json in the folder.
+        certified: of each file of certificates in the folder, by its path there.
     """
 
     folder: Path
@@ -36,6 +41,8 @@ class RunData:
     result: Mapping[str, Any] | None
     rounds: Sequence[Mapping[str, Any]]
     evaluations: Sequence[tuple[float, float, float]]
+    judged: Sequence[Mapping[str, Any]] = ()
+    certified: Mapping[str, Sequence[CertifiedSample]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -121,7 +128,26 @@ def _read(folder: Path) -> RunData:
         evaluations=[
             (line["epoch"], line["clean_accuracy"], line["robust_accuracy"]) for line in _lines(folder / EVALUATIONS)
         ],
+        judged=[json.loads(path.read_text()) for path in sorted(folder.rglob(EVALUATION))],
+        certified={
+            str(path.relative_to(folder)): read_certificates(path)
+            for path in sorted(folder.rglob("*.tsv"))
+            if path.read_text().startswith(CERTIFICATES)
+        },
     )
+
+
+def read_certificates(path: Path) -> list[CertifiedSample]:
+    """The samples in a file of `datps certify`, but for a last one that is cut off.
+
+    Raises:
+        SpecError: a damaged line.
+    """
+    lines = [line for line in path.read_text().split("\n")[:-1] if not line.startswith("#")][1:]
+    try:
+        return [CertifiedSample.of_line(line) for line in lines]
+    except ValueError as error:
+        raise SpecError(refusal("rows of certificates", "file", path, str(error))) from None
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:

@@ -10,6 +10,8 @@ from common.errors import StorageError, refusal
 from deploy.report import figures
 from deploy.report.collect import RunData, collect
 from deploy.report.page import Picture, page, runs_table, table_1, table_2, table_3, table_4
+from deploy.report.paper import RADII
+from worker.certificates import certified_curve, summarize
 
 PAGE = "report.html"
 
@@ -25,7 +27,7 @@ def write(paths: Sequence[Path], out: Path, title: str) -> dict[str, Any]:
     names = names_of(data)
     tables = [
         runs_table(data, names),
-        *(table_1(data), table_2({}), table_3(data), table_4(data)),
+        *(table_1(data), table_2(at_paper_radii(data, names)), table_3(data), table_4(data)),
     ]
     pictures = pictures_of(data, names)
     try:
@@ -52,7 +54,47 @@ def pictures_of(data: Sequence[RunData], names: Mapping[str, str]) -> list[Pictu
     drawn = {
         ("learning-curves", "Learning curves"): figures.learning_curves(data, names),
         ("batch-size", "Accuracy against batch size (Figures 1 and 2)"): figures.against_batch_size(data),
+        ("epsilon", "RA against epsilon (Figure 3a)"): figures.lines(
+            swept(data, names, "epsilon"), title="RA against the attack's radius", x="epsilon", y="per cent"
+        ),
+        ("steps", "RA against attack steps (Figure 3b)"): figures.lines(
+            swept(data, names, "steps"), title="RA against the attack's steps", x="attack steps", y="per cent"
+        ),
+        ("certified", "Certified accuracy against radius"): figures.lines(
+            certified_curves(data, names), title="Certified accuracy", x="l2 radius", y="per cent", step=True
+        ),
         ("time", "Time by phase"): figures.time_by_phase(data, names),
         ("traffic", "Bytes per round"): figures.bytes_per_round(data, names),
     }
     return [Picture(name=name, title=title, png=png) for (name, title), png in drawn.items() if png is not None]
+
+
+def at_paper_radii(data: Sequence[RunData], names: Mapping[str, str]) -> dict[str, list[float | None]]:
+    """Certified accuracy at the radii of Table 2, by run and file of certificates."""
+    found: dict[str, list[float | None]] = {}
+    for run in data:
+        for file, samples in run.certified.items():
+            summary = summarize(samples, RADII)["certified"]
+            found[f"{names[str(run.folder)]}, {file}"] = [each["accuracy"] for each in summary]
+    return found
+
+
+def certified_curves(data: Sequence[RunData], names: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """(radius, certified accuracy in per cent) by run and file of certificates."""
+    curves = {}
+    for run in data:
+        for file, samples in run.certified.items():
+            radii, accuracies = certified_curve(samples)
+            points = [(radius, 100 * each) for radius, each in zip(radii, accuracies, strict=True)]
+            curves[f"{names[str(run.folder)]}, {file}"] = points
+    return curves
+
+
+def swept(data: Sequence[RunData], names: Mapping[str, str], key: str) -> dict[str, list[tuple[float, float]]]:
+    """(value, RA in per cent) of the sweeps over `key`, by run."""
+    series = {}
+    for run in data:
+        for sweep in (each for judged in run.judged for each in judged["sweeps"] if each["key"] == key):
+            points = [(float(row[key]), 100 * row["robust_accuracy"]) for row in sweep["rows"]]
+            series[f"{names[str(run.folder)]}, {', '.join(sweep['attacks'])}"] = points
+    return series

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from common.errors import DatpsError, SpecError, refusal
 from common.spec_sources import ENVIRONMENT_PREFIX, differences
 from deploy import runs
+from deploy.report.collect import read_certificates
+from deploy.report.paper import RADII
 from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_of
 from deploy.studies.table import (
     Figures,
@@ -29,6 +31,7 @@ from deploy.studies.table import (
     markdown,
     verdicts_of,
 )
+from worker.certificates import summarize
 
 STUDY, TABLE, RESULT = "study.yaml", "table.md", "study.json"
 _OF_RESULT = (
@@ -185,13 +188,12 @@ class Study:
     def _certify(self, folder: Path) -> Figures:
         if not self.spec.certify:
             return {}
-        out = folder / "certification.tsv"
+        out, done = folder / "certification.tsv", folder / "certification.done"
         flags = [part for key, value in self.spec.certify.items() for part in (f"--{key}", str(value))]
-        summary = folder / "certification.json"
-        if not summary.is_file():
-            resume = ["--resume"] if out.is_file() else []
-            self._command(["certify", str(folder), *flags, "--out", str(out), *resume, *self._device()], folder)
-        return certified_figures(json.loads(summary.read_text()))
+        if not done.is_file():
+            self._command(["certify", str(folder), *flags, "--out", str(out), "--resume", *self._device()], folder)
+            done.touch()
+        return certified_figures(summarize(read_certificates(out), RADII))
 
     def _device(self) -> list[str]:
         data = [] if self._places.data is None else ["--data", str(self._places.data)]
@@ -239,7 +241,9 @@ def as_json_text(study: StudySpec, lines: Sequence[Line], verdicts: Iterable[Ver
 
 
 def _only(line: Line, columns: Sequence[str]) -> Line:
-    figures = {name: values for name, values in line.figures.items() if name in columns or name.startswith("certified")}
+    figures = {
+        n: values for n, values in line.figures.items() if n in columns or n.endswith(" accuracy") or " at " in n
+    }
     return Line(**{**asdict(line), "figures": figures})
 
 

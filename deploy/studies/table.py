@@ -127,10 +127,11 @@ def _number(value: float) -> str:
 
 
 def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Columns of an evaluation.json: accuracy against each attack."""
-    raise NotImplementedError
+    """Columns of an evaluation.json: RA under each attack, `pgd:20 accuracy`."""
+    return {f"{each['attack']} accuracy": float(each["robust_accuracy"]) for each in evaluation["attacks"]}
 
 
-def certified_figures(certification: Mapping[str, Any]) -> dict[str, float]:
-    """Columns of a certification's summary: certified accuracy at each radius."""
-    raise NotImplementedError
+def certified_figures(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Columns of `worker.certificates.summarize`: certified accuracy at each radius."""
+    at = {f"certified accuracy at {each['radius']:g}": float(each["accuracy"]) for each in summary["certified"]}
+    return {"smoothed accuracy": float(summary["smoothed_accuracy"]), **at}

@@ -16,7 +16,9 @@ from deploy import runs
 from deploy.report import paper
 from deploy.report.collect import collect, communication_of, method_of
 from deploy.report.page import table_1, table_2, table_4
-from deploy.report.write import names_of, write
+from deploy.report.write import at_paper_radii, certified_curves, names_of, pictures_of, swept, write
+from worker.certificates import CertifiedSample
+from worker.certification import Certificate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -166,3 +168,26 @@ def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
     for name in ("x/seed-0", "y/seed-0"):
         make_run(tmp_path / name)
     assert sorted(names_of(collect([tmp_path])).values()) == ["x/seed-0", "y/seed-0"]
+
+
+def test_evaluations_and_certificates_in_a_run_folder_are_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [{"epsilon": 0.0, "robust_accuracy": 0.9}, {"epsilon": 0.1, "robust_accuracy": 0.5}]
+    judged = {"attacks": [], "sweeps": [{"key": "epsilon", "attacks": ["pgd:20"], "rows": rows}]}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(judged))
+    samples = [
+        CertifiedSample(index=n, label=1, certificate=Certificate(predicted=p, radius=r, votes=90), seconds=0.1)
+        for n, (p, r) in enumerate([(1, 0.12), (1, 0.4), (None, 0.0), (2, 0.5)])
+    ]
+    lines = ["# datps certify {}", "index\tlabel\t...", *(sample.line() for sample in samples)]
+    (folder / "certified.tsv").write_text("".join(f"{line}\n" for line in lines) + "4\t1\t1")
+
+    data = collect([tmp_path])
+    names = names_of(data)
+    assert data[0].certified == {"certified.tsv": samples}
+    assert at_paper_radii(data, names) == {"run, certified.tsv": [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.0]}
+    assert certified_curves(data, names) == {"run, certified.tsv": [(0.0, 50.0), (0.12, 50.0), (0.4, 25.0)]}
+    assert swept(data, names, "epsilon") == {"run, pgd:20": [(0.0, 90.0), (0.1, 50.0)]}
+    pictures = [picture.name for picture in pictures_of(data, names)]
+    assert pictures == ["learning-curves", "epsilon", "certified", "time", "traffic"]
