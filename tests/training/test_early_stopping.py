@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common.config import JobSpec
+from common.errors import SpecError
 from tests.local.support import CPU, checkpoint_of
 from tests.local.support import train as train_locally
 from tests.processes.test_worker_in_thread import TRAINING_S, error_of, image_folder, work
@@ -172,6 +173,18 @@ def test_the_best_checkpoint_is_the_model_that_was_judged_and_not_the_one_a_roun
     assert (raw["weights"], raw["samples"]) == ("raw", averaged["samples"])
     of_best = evaluate_model(str(path), data=roots[0])
     assert of_best["robust_accuracy"] == result["best"]["robust_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("ema", r"expected weights=raw \(trained without optimizer.ema_decay\), got weights=ema"),
+        ("best", "expected raw or ema, got weights=best"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused(stopped: Any, weights: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        evaluate_model(str(stopped[0]), weights=weights)
 
 
 # Workers of several local processes
