@@ -71,6 +71,9 @@ class Reports:
     def save(self, round_: int) -> None:
         """See `worker.trainer.Recorder`."""
 
+    def save_best(self, round_: int) -> None:
+        """See `worker.trainer.Recorder`."""
+
 
 def dataset_of(spec: JobSpec, name: str) -> Dataset:
     """The digits, or noise of CIFAR-10's shape."""

@@ -115,6 +115,16 @@ class DataSpec(Section):
     """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
     batch_per_worker: int = Field(default=64, ge=1)
     """Samples that each worker draws per round (B of the paper)."""
+    validation: Number = Field(default=0.0, ge=0)
+    """Training samples that are held out, a fraction or from 1 on a count (`split=own`: of each worker): evaluations
+    during training judge on them instead of the test data."""
+
+    @field_validator("validation")
+    @classmethod
+    def _validation_is_a_fraction_or_a_count(cls, amount: float) -> float:
+        if amount >= 1 and amount != int(amount):
+            raise ValueError(refusal("a fraction below 1, or a whole number", "validation", amount))
+        return amount
 
 
 class AttackSpec(Section):
@@ -250,6 +260,8 @@ class EvaluationSpec(Section):
 
     every_epochs: int = Field(default=5, ge=0)
     """Evaluate during training after so many epochs; 0 evaluates at the end only."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop training early after so many evaluations on `data.validation` without a higher robust accuracy."""
     attack: EvaluationAttackSpec = EvaluationAttackSpec()
     batch: int = Field(default=256, ge=1)
     """Images per forward pass."""
@@ -320,6 +332,13 @@ class JobSpec(Section):
         if self.codec.name is CodecName.SHARED and self.workers * levels > MAXIMAL_SUM:
             rule = f"sums of at most {MAXIMAL_SUM} (workers times 2^(bits - 1) - 1, codec shared)"
             raise ValueError(refusal(rule, "sum", f"{self.workers} * {levels} = {self.workers * levels}"))
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_looks_at_validation_data(self) -> Self:
+        if self.evaluation.patience is not None and not (self.data.validation and self.evaluation.every_epochs):
+            rule = "data.validation and evaluation.every_epochs above 0 (early stopping, never on test data)"
+            raise ValueError(refusal(rule, "evaluation.patience", self.evaluation.patience))
         return self
 
     @property

@@ -202,6 +202,10 @@ def summary(title: str, folder: str, result: Mapping[str, Any], robust_name: str
     table.add_column("clean accuracy (TA)", justify="right")
     table.add_column(f"robust accuracy (RA, {robust_name})", justify="right")
     table.add_row(escape(title), _percent(result["clean_accuracy"]), _percent(result["robust_accuracy"]))
+    best = result.get("best") or {}
+    if "robust_accuracy" in best:
+        accuracies = _percent(best["clean_accuracy"]), _percent(best["robust_accuracy"])
+        table.add_row(f"its best on validation data (round {best['round']})", *accuracies)
     if baseline := result.get("baseline"):
         accuracies = _percent(baseline["clean_accuracy"]), _percent(baseline["robust_accuracy"])
         table.add_row("the same without attacks", *accuracies)
@@ -261,7 +265,8 @@ def _figures(view: RunView) -> RenderableType:
     )  # fmt: skip
     at = f" (round {view.evaluated_round})" if view.clean_accuracy is not None else ""
     grid.add_row(
-        "test", f"clean accuracy {_percent(view.clean_accuracy)}, robust accuracy {_percent(view.robust_accuracy)}{at}"
+        view.evaluated_on,
+        f"clean accuracy {_percent(view.clean_accuracy)}, robust accuracy {_percent(view.robust_accuracy)}{at}",
     )
     grid.add_row(
         "traffic", f"pushed {_bytes(view.pushed_bytes)} and pulled {_bytes(view.pulled_bytes)} per round and worker, "

@@ -26,9 +26,20 @@ ModelArgument = Annotated[
     ),
 ]
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="raw|ema",
+        help="Of a checkpoint with averaged weights (optimizer.ema_decay); those if absent.",
+        show_default=False,
+    ),
+]
+
 
 def evaluate(
     model: ModelArgument,
+    weights: WeightsOption = None,
     settings: SetOption = None,
     data: DataOption = None,
     device: DeviceOption = "cpu",
@@ -41,6 +52,7 @@ def evaluate(
 
         result = evaluate_model(
             model,
+            weights=weights,
             settings=settings or [],
             data=data,
             device=device,

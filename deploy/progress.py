@@ -65,6 +65,8 @@ class RunView:
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
     evaluated_round: int = 0
+    evaluated_on: str = "test"
+    """`test` or `validation` data."""
     pushed_bytes: int = 0
     pulled_bytes: int = 0
     """In the last round, of one worker."""
@@ -171,6 +173,7 @@ def _evaluation(view: RunView, event: Mapping[str, Any]) -> RunView:
         clean_accuracy=event["clean_accuracy"],
         robust_accuracy=event["robust_accuracy"],
         evaluated_round=event["round"],
+        evaluated_on=event.get("data", "test"),
     )
 
 
@@ -216,6 +219,7 @@ def _result(view: RunView, event: Mapping[str, Any]) -> RunView:
         clean_accuracy=event["clean_accuracy"],
         robust_accuracy=event["robust_accuracy"],
         evaluated_round=event["rounds"],
+        evaluated_on="test",
     )
 
 
@@ -232,6 +236,7 @@ _HANDLERS: dict[str, Callable[[RunView, Mapping[str, Any]], RunView]] = {
     "checkpoint": _checkpoint,
     "refused": _refused,
     "stopping": _stopping,
+    "early_stop": _stopping,
     "error": _error,
     "ended": _ended,
     "result": _result,

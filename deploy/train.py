@@ -117,7 +117,7 @@ def baseline_spec(spec: JobSpec) -> JobSpec:
     sections = spec.model_dump(mode="json")
     sections["attack"]["name"] = AttackName.NONE.value
     sections["evaluation"]["attack"]["epsilon"] = spec.evaluation_attack.epsilon
-    sections["evaluation"]["every_epochs"] = 0
+    sections["evaluation"] |= {"every_epochs": 0, "patience": None}
     return JobSpec.model_validate(sections)
 
 

@@ -28,6 +28,7 @@ CHANGED: dict[str, object] = {
     "data.image_size": 224,
     "data.augment": True,
     "data.batch_per_worker": 17,
+    "data.validation": 0.1,
     "attack.name": "fgsm",
     "attack.epsilon": 4 / 255,
     "attack.steps": 7,
@@ -68,7 +69,8 @@ CHANGED: dict[str, object] = {
     "exchange.bucket_bytes": 4096,
     "exchange.window_bytes": 8192,
     "exchange.read_ahead_bytes": 65536,
-    "evaluation.every_epochs": 0,
+    "evaluation.every_epochs": 2,
+    "evaluation.patience": 3,
     "evaluation.attack.epsilon": 2 / 255,
     "evaluation.attack.steps": 50,
     "evaluation.attack.step_size": 0.01,
@@ -83,6 +85,8 @@ CHANGED: dict[str, object] = {
     "deadlines.keepalive_s": 6.5,
 }
 """A valid value that is not the default, for every key there is."""
+BESIDE = {"evaluation.patience": {"data.validation": 0.2}}
+"""What else a key needs, where its value is refused alone."""
 TOGETHER = {key: value for key, value in CHANGED.items() if key != "servers"}
 """All of them that go together: workers that hold the shards leave one server, the default."""
 
@@ -105,6 +109,10 @@ def document(key: str, value: object) -> str:
     for section in reversed(sections):
         nested = {section: nested}
     return yaml.safe_dump(nested)
+
+
+def beside(key: str) -> list[str]:
+    return [flag(name, value) for name, value in BESIDE.get(key, {}).items()]
 
 
 def value_of(spec: JobSpec, key: str) -> object:
@@ -148,9 +156,9 @@ def test_keys_come_with_their_defaults() -> None:
 
 @every_key
 def test_digest_changes_with_every_key(key: str) -> None:
-    changed = load_job_spec(settings=[flag(key, CHANGED[key])])
+    changed = load_job_spec(settings=[*beside(key), flag(key, CHANGED[key])])
     assert value_of(changed, key) == CHANGED[key] != default_of(key)
-    assert changed.digest() != JobSpec().digest()
+    assert changed.digest() != load_job_spec(settings=beside(key)).digest()
 
 
 def test_equal_values_from_different_places_give_the_equal_digest() -> None:
@@ -166,13 +174,13 @@ def test_equal_values_from_different_places_give_the_equal_digest() -> None:
 
 @every_key
 def test_flag_beats_environment_beats_yaml_beats_default(key: str) -> None:
-    default, changed = default_of(key), CHANGED[key]
+    default, changed, more = default_of(key), CHANGED[key], beside(key)
     text = document(key, changed)
     assert value_of(load_job_spec(), key) == default
-    assert value_of(load_job_spec(yaml_text=text), key) == changed
-    assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default)), key) == default
+    assert value_of(load_job_spec(yaml_text=text, settings=more), key) == changed
+    assert value_of(load_job_spec(yaml_text=text, environment=variable(key, default), settings=more), key) == default
     over_environment = load_job_spec(
-        yaml_text=document(key, default), environment=variable(key, changed), settings=[flag(key, default)]
+        yaml_text=document(key, default), environment=variable(key, changed), settings=[*more, flag(key, default)]
     )
     assert value_of(over_environment, key) == default
 
@@ -304,6 +312,18 @@ def test_switch_is_no_number(key: str) -> None:
         ("schedule.decay_at=[0.5, 0.5]", None),
         ("schedule.decay_at=[0, 0.5]", None),
         ("optimizer.trust_low=11", "expected trust_low <= trust_high=10.0, got trust_low=11.0 (optimizer, job spec)"),
+        (
+            "data.validation=1.5",
+            "expected a fraction below 1, or a whole number, got validation=1.5 (data.validation, --set)",
+        ),
+        ("data.validation=-1", "expected greater than or equal to 0, got data.validation=-1 (--set)"),
+        ("evaluation.patience=0", "expected greater than or equal to 1, got evaluation.patience=0 (--set)"),
+        ("evaluation.patience=2", None),
+        ("optimizer.base_batch=0", "expected greater than or equal to 1, got optimizer.base_batch=0 (--set)"),
+        ("optimizer.clip_norm=0", "expected greater than 0, got optimizer.clip_norm=0 (--set)"),
+        ("optimizer.ema_decay=1", "expected less than 1, got optimizer.ema_decay=1 (--set)"),
+        ("schedule.peak_at=1", "expected less than 1, got schedule.peak_at=1 (--set)"),
+        ("schedule.name=linear", None),
         ("codec.bits", "expected dotted.key=value, got setting=codec.bits (--set)"),
         ("codec.bits=[", "expected a YAML value, got codec.bits=[ (--set)"),
         ("job_id=2024-13-45", "expected a YAML value, got job_id=2024-13-45 (--set)"),
@@ -359,6 +379,18 @@ def test_any_text_as_a_flag_is_taken_or_refused_with_a_reason(text: str) -> None
         assert isinstance(outcome, JobSpec) or outcome.startswith("expected ")
 
 
+@pytest.mark.parametrize("beside_", ["data.validation=0", "evaluation.every_epochs=0"])
+def test_early_stopping_without_evaluations_on_validation_data_is_refused(beside_: str) -> None:
+    message = refusal_of("data.validation=0.1", "evaluation.patience=2", beside_)
+    assert message.startswith("expected data.validation and evaluation.every_epochs above 0 (early stopping")
+    assert "got evaluation.patience=2" in message
+
+
+def test_nesterov_without_momentum_is_refused() -> None:
+    message = refusal_of("optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0")
+    assert message == "expected momentum > 0 (nesterov), got momentum=0.0 (optimizer, job spec)"
+
+
 # Frozen, and out and in again
 
 
@@ -375,7 +407,8 @@ def job_specs(draw: st.DrawFn) -> JobSpec:
     keys = draw(st.sets(st.sampled_from(sorted(TOGETHER))))
     finite = {key: draw(st.floats(1e-9, 0.999)) for key in draw(st.sets(st.sampled_from(FLOATS)))}
     finite.pop("optimizer.trust_low", None)
-    values = {key: CHANGED[key] for key in keys} | finite
+    needed = {name: value for key in keys for name, value in BESIDE.get(key, {}).items()}
+    values = needed | {key: CHANGED[key] for key in keys} | finite
     return load_job_spec(settings=[flag(key, value) for key, value in values.items() if key != "optimizer.trust_high"])
 
 

@@ -44,6 +44,8 @@ PURE_PATTERNS = (
     "worker/objectives.py",
     "worker/schedules.py",
     "worker/metrics.py",
+    "worker/selection.py",
+    "worker/validation.py",
     "worker/evaluation.py",
     "worker/randomness.py",
     "worker/data.py",

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder `round-000150` with `state.safetensors` and `state.json`.
+"""Checkpoints: a folder `round-000150`, or `best`, with `state.safetensors` and `state.json`.
 
 Both are written under a temporary name, flushed to the disk and renamed together, so a checkpoint is whole or absent.
 """
@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,18 @@ from torch import Tensor
 from common.config import JobSpec
 from common.errors import CheckpointError, SpecError, StorageError, refusal
 from common.spec_sources import job_spec_from_json
+from worker.selection import Selection
 
 FORMAT = 2
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
+BEST = "best"
+"""The checkpoint of the model that did best on validation data; it is kept whatever else is removed."""
 _NAME = re.compile(r"round-(\d{6,})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A saved state: after `round` rounds, of `rounds` in all."""
+    """A saved state: after `round` rounds, of `rounds` in all; `selection` is what early stopping remembers."""
 
     path: Path
     spec: JobSpec
@@ -45,6 +48,7 @@ class Checkpoint:
     std: tuple[float, ...]
     data: str
     tensors: Mapping[str, Tensor]
+    selection: Selection = field(default_factory=Selection)
 
 
 def checkpoint_name(round_: int) -> str:
@@ -52,25 +56,56 @@ def checkpoint_name(round_: int) -> str:
     return f"round-{round_:06d}"
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, keep: int) -> Path:
-    """Saves a state as `<folder>/round-<round>`, and removes all but the `keep` newest.
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, keep: int, best: bool = False
+) -> Path:
+    """Saves a state as `<folder>/round-<round>` or `<folder>/best`, and removes all but the `keep` newest and `best`.
 
     Args:
         folder: `checkpoints/` of a run.
         tensors: on the CPU.
         description: JSON-able: round, rounds, spec (a mapping) and what `Checkpoint` names beside them.
         keep: how many to keep, at least 1.
+        best: under which of the names.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
     """
-    path = folder / checkpoint_name(description["round"])
-    temporary = folder / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
         save_file(dict(tensors), temporary / TENSORS)
         content = {"format": FORMAT, **description, "tensors_xxh3_128": _digest(temporary / TENSORS)}
         (temporary / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
+
+    path = _put(folder / (BEST if best else checkpoint_name(description["round"])), write)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def copy_best(source: Path, folder: Path) -> None:
+    """Makes a checkpoint the best one of a folder of checkpoints, `source` stays.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    _put(folder / BEST, lambda temporary: shutil.copytree(source, temporary))
+
+
+def best_checkpoint(folder: Path, round_: int | None) -> Path | None:
+    """The best checkpoint in a folder of checkpoints, if it is that of this round."""
+    path = folder / BEST
+    return path if round_ is not None and _said_round(path) == round_ else None
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a folder under a temporary name, flushes it and puts it into its place, where there may be an old one."""
+    folder = path.parent
+    temporary = folder / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(temporary)
         for file in (*temporary.iterdir(), temporary):
             _flush(file)
         if path.exists():
@@ -81,8 +116,6 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: Ma
         raise StorageError(refusal("a folder with room to write", "path", folder, str(error))) from None
     finally:
         _sweep(folder)
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -91,6 +124,9 @@ def forget_after(folder: Path, round_: int) -> None:
     for path in _all(folder) if folder.is_dir() else []:
         if _round_of(path) > round_:
             shutil.rmtree(path, ignore_errors=True)
+    best = _said_round(folder / BEST)
+    if best is None or best > round_:
+        shutil.rmtree(folder / BEST, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -132,6 +168,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             data=str(description["data"]),
             mean=tuple(description["mean"]),
             std=tuple(description["std"]),
+            selection=Selection.from_json(description.get("selection")),
             **{name: int(description[name]) for name in ("round", "rounds", "classes", "in_channels", "image_size")},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SpecError) as error:
@@ -147,9 +184,17 @@ def _round_of(path: Path) -> int:
     return int(path.name.removeprefix("round-"))
 
 
+def _said_round(path: Path) -> int | None:
+    """The round that a checkpoint says it is of; None if it is not whole."""
+    try:
+        return int(json.loads((path / DESCRIPTION).read_text())["round"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _sweep(folder: Path) -> None:
     """Removes what an interrupted save, of this process or one before, has left."""
-    for path in folder.glob(".round-*"):
+    for path in (*folder.glob(".round-*"), *folder.glob(f".{BEST}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

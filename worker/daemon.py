@@ -16,8 +16,8 @@ from common.memory import keep_freed_memory
 from common.timeline import Timeline
 from common.wire.v1 import ps_pb2 as wire
 from worker.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
+from worker.conclusion import conclude
 from worker.datasets import load_dataset
-from worker.evaluation import evaluate
 from worker.exchange.base import Exchange
 from worker.exchange.coordination import Admission, Coordination, End, ReadyReplica, connect
 from worker.exchange.nodes import NodeOptions, make_node
@@ -263,21 +263,17 @@ class _Job:
         return complete
 
     def finish(self) -> None:
-        """Evaluates the trained model on this worker's whole test data, if there is a run folder to say so in.
+        """Evaluates what was trained on this worker's whole test data, if there is a run folder to say so in.
 
         A first signal does not interrupt it: the training is complete, and only the result is missing.
         """
         if not self._folder or not self._recorder:
             return
-        evaluation = evaluate(
-            self._replica.model,
-            self._dataset.test,
-            self._spec.evaluation_attack,
-            batch=self._spec.evaluation.batch,
-            seed=self._spec.seed,
-            device=self._device,
-        )
-        self._recorder.finish(evaluation)
+        selection = self._replica.selection
+        if selection.is_over(self._spec.evaluation.patience):
+            best = f"best after round {selection.round}, none of {selection.since} evaluations since was better"
+            self._emit("early_stop", round=self.round, text=f"stopped early after round {self.round}: {best}")
+        self._recorder.finish(conclude(self._workplace, self.round, self._folder.checkpoints))
 
     def _trainer(self, exchange: Exchange, admission: Admission) -> Trainer:
         spec, dataset, devices = self._spec, self._dataset, ",".join(self._options.local_devices)

@@ -46,7 +46,7 @@ class TensorSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Training and test samples with what a model must know about them."""
+    """Training and test samples with what a model must know about them; `validation` is taken out of `train`."""
 
     name: str
     train: Samples
@@ -57,6 +57,8 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Per channel, for the model's normalization: constants of the data set, so that all workers have the same."""
+    validation: Samples | None = None
+    """Neither trained on nor tested on; None if nothing is held out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.config import DatasetName, DataSpec, Split
 from common.errors import DataError, SpecError, refusal
 from worker.data import Dataset, Samples, TensorSamples
+from worker.validation import hold_out
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IN_MEMORY_BYTES = 256 << 20
@@ -29,7 +30,7 @@ _DIGITS_SPLIT_SEED = 0
 
 
 def load_dataset(spec: DataSpec, *, root: Path | None, download: bool = False) -> Dataset:
-    """The data set that `spec` names.
+    """The data set that `spec` names, with validation samples taken out of its training samples if it says so.
 
     Args:
         spec: name, and for `imagefolder` the image size.
@@ -40,6 +41,10 @@ def load_dataset(spec: DataSpec, *, root: Path | None, download: bool = False) -
         DataError: missing, unreadable or inconsistent data; the message names the path.
         SpecError: `spec` asks for what the data set cannot give.
     """
+    return hold_out(_read(spec, root, download), spec.validation)
+
+
+def _read(spec: DataSpec, root: Path | None, download: bool) -> Dataset:
     if spec.split is Split.OWN and spec.name is not DatasetName.IMAGEFOLDER:
         raise SpecError(refusal("data.name=imagefolder, a folder per worker", "data.name", spec.name, "split=own"))
     if spec.image_size is not None and spec.name is not DatasetName.IMAGEFOLDER:

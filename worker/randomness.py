@@ -20,6 +20,7 @@ class Purpose(StrEnum):
     AUGMENTATION = "augmentation"
     ATTACK = "attack"
     EVALUATION = "evaluation"
+    VALIDATION = "validation"
 
 
 def stream_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -18,11 +18,12 @@ import torch
 from common.config import JobSpec
 from common.errors import SpecError, StorageError, refusal
 from common.events import Emitter
-from worker.checkpoint import Checkpoint, forget_after, save_checkpoint
+from worker.checkpoint import BEST, Checkpoint, best_checkpoint, copy_best, forget_after, save_checkpoint
 from worker.data import Dataset
 from worker.evaluation import Evaluation
 from worker.replica import Replica
 from worker.residuals import Residuals
+from worker.selection import Best, Conclusion
 from worker.trainer import RoundReport
 
 JOB, ROUNDS, RESULT, CHECKPOINTS = "job.yaml", "rounds.jsonl", "result.json", "checkpoints"
@@ -45,6 +46,7 @@ class RunFolder:
         """
         self.path = path
         self._rounds = path / ROUNDS
+        self._resumed = resumed
         self._resumed_round = resumed.round if resumed else 0
         own = resumed is not None and resumed.path.resolve().parent == (path / CHECKPOINTS).resolve()
         lines = self._lines()
@@ -53,6 +55,11 @@ class RunFolder:
             raise SpecError(refusal(rule, "out", path, f"{ROUNDS} has {len(lines)}"))
         self._kept = [line for line in lines if line["round"] <= self._resumed_round]
         self.seconds_before = sum(line["round_s"] for line in self._kept)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / CHECKPOINTS
 
     def begin(self, spec: JobSpec) -> None:
         """Makes the folder, and job.yaml if there is none; forgets what came after the checkpoint that is resumed.
@@ -66,6 +73,14 @@ class RunFolder:
                 self._replace(self.path / JOB, spec.to_yaml())
             self._replace(self._rounds, "".join(json.dumps(line) + "\n" for line in self._kept))
             forget_after(self.path / CHECKPOINTS, self._resumed_round)
+        self._take_over_best()
+
+    def _take_over_best(self) -> None:
+        """Copies the best model so far from the folder of the checkpoint that is resumed, if that is another one."""
+        if self._resumed and best_checkpoint(self.checkpoints, self._resumed.selection.round) is None:
+            best = best_checkpoint(self._resumed.path.parent, self._resumed.selection.round)
+            if best:
+                copy_best(best, self.checkpoints)
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds one line to rounds.jsonl.
@@ -140,12 +155,20 @@ class RunRecorder:
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
         """See `worker.trainer.Recorder`."""
-        self._emit("evaluation", round=round_, samples=evaluation.samples, **accuracies(evaluation))
+        data = "validation" if self._dataset.validation else "test"
+        self._emit("evaluation", round=round_, data=data, samples=evaluation.samples, **accuracies(evaluation))
 
     def save(self, round_: int) -> None:
         """See `worker.trainer.Recorder`; without a run folder nothing but this worker's residual is saved."""
         if self._residuals:
             self._residuals.save(round_, self._replica.parameter_digest())
+        self._save(round_)
+
+    def save_best(self, round_: int) -> None:
+        """See `worker.trainer.Recorder`."""
+        self._save(round_, best=True)
+
+    def _save(self, round_: int, *, best: bool = False) -> None:
         if not self._folder:
             return
         description = {
@@ -158,14 +181,15 @@ class RunRecorder:
             "image_size": self._dataset.image_size,
             "mean": self._dataset.mean,
             "std": self._dataset.std,
+            "selection": self._replica.selection.to_json(),
             "parameter_digest": self._replica.parameter_digest().hex(),
             "versions": versions(),
         }
         tensors, keep = self._replica.state_tensors(), self._spec.checkpoint.keep
-        path = save_checkpoint(self._folder.path / CHECKPOINTS, tensors, description, keep=keep)
+        path = save_checkpoint(self._folder.checkpoints, tensors, description, keep=keep, best=best)
         self._emit("checkpoint", round=round_, path=str(path))
 
-    def finish(self, evaluation: Evaluation) -> None:
+    def finish(self, conclusion: Conclusion) -> None:
         """Writes and tells the result of a complete training."""
         if not self._folder:
             return
@@ -173,9 +197,12 @@ class RunRecorder:
         recorded = max(sums["rounds"], 1)
         result = {
             "job_id": self._spec.job_id,
-            **accuracies(evaluation),
-            "samples": evaluation.samples,
-            "rounds": self._rounds,
+            **accuracies(conclusion.test),
+            "samples": conclusion.test.samples,
+            "weights": "ema" if self._replica.average else "raw",
+            **({"best": described(conclusion.best)} if conclusion.best else {}),
+            **({"stopped_early": conclusion.round < self._rounds} if self._spec.evaluation.patience else {}),
+            "rounds": conclusion.round,
             "workers": self._spec.workers,
             "servers": self._spec.servers,
             "parameters": self._replica.parameters.theta.numel(),
@@ -198,6 +225,17 @@ class RunRecorder:
 def accuracies(evaluation: Evaluation) -> dict[str, float]:
     """TA and RA as fractions."""
     return {"clean_accuracy": evaluation.clean_accuracy, "robust_accuracy": evaluation.robust_accuracy}
+
+
+def described(best: Best) -> dict[str, Any]:
+    """The best model on validation data; its accuracies are on the test data, as those of the last one."""
+    return {
+        "round": best.round,
+        **{f"validation_{name}": value for name, value in accuracies(best.validation).items()},
+        "validation_samples": best.validation.samples,
+        **(accuracies(best.test) if best.test else {}),
+        "checkpoint": f"{CHECKPOINTS}/{BEST}" if best.test else None,
+    }
 
 
 def describe_data(dataset: Dataset) -> str:

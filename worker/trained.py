@@ -6,11 +6,12 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import JobSpec
 from common.errors import DatpsError, SpecError, refusal
@@ -21,8 +22,17 @@ from worker.datasets import load_dataset
 from worker.evaluation import evaluate
 from worker.models import build_model
 from worker.record import accuracies
-from worker.replica import load_model
+from worker.replica import has_average, load_model
 from worker.workplace import open_device, refuse_other_data
+
+
+class Weights(StrEnum):
+    """Which of a checkpoint's weights."""
+
+    RAW = "raw"
+    """Those that training went on with."""
+    EMA = "ema"
+    """Their exponential moving average, and that of the batch-norm statistics (`optimizer.ema_decay`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class TrainedModel:
         dataset: of `spec.data`.
         device: where the module is.
         checkpoint: where it comes from one.
+        weights: which of the checkpoint's.
     """
 
     name: str
@@ -44,11 +55,13 @@ class TrainedModel:
     dataset: Dataset
     device: torch.device
     checkpoint: Checkpoint | None
+    weights: Weights = Weights.RAW
 
 
 def open_model(
     model: str,
     *,
+    weights: str | None = None,
     settings: Sequence[str] = (),
     data: Path | None = None,
     device: str = "cpu",
@@ -61,6 +74,7 @@ def open_model(
     Args:
         model: a run folder (its newest checkpoint), a checkpoint, or `module:attribute`: an `nn.Module`, or a function
             that makes one without arguments. The module is looked for in the working directory too.
+        weights: `raw` or `ema` of a checkpoint (see `Weights`); where absent the averaged ones, if there are any.
         data: data folder of the data set, if it needs one.
         settings, environment, reserved: see `load_job_spec`; `module:attribute` has no other job than these.
         device, threads: see `open_device`.
@@ -73,13 +87,14 @@ def open_model(
     sources = {"environment": environment, "settings": settings, "reserved": reserved}
     if _names_an_attribute(model):
         spec = load_job_spec(**sources)  # type: ignore[arg-type]
-        module, checkpoint = _from_attribute(model), None
+        module, checkpoint, chosen = _from_attribute(model), None, _chosen(model, {}, weights)
     else:
         checkpoint = load_checkpoint(find_checkpoint(Path(model)))
         text, name = checkpoint.spec.to_yaml(), str(checkpoint.path)
         spec = load_job_spec(yaml_text=text, yaml_name=name, **sources)  # type: ignore[arg-type]
         _refuse_other_model(checkpoint, spec)
-        module = _from_checkpoint(checkpoint)
+        chosen = _chosen(name, checkpoint.tensors, weights)
+        module = _from_checkpoint(checkpoint, chosen)
     target = open_device(device, threads)
     dataset = load_dataset(spec.data, root=data)
     if checkpoint:
@@ -91,6 +106,7 @@ def open_model(
         dataset=dataset,
         device=target,
         checkpoint=checkpoint,
+        weights=chosen,
     )
 
 
@@ -113,7 +129,7 @@ def evaluate_model(model: str, **options: Any) -> dict[str, Any]:
     return {
         "model": opened.name,
         **({"round": checkpoint.round, "rounds": checkpoint.rounds} if checkpoint else {}),
-        **({"architecture": spec.model.name.value} if checkpoint else {}),
+        **({"architecture": spec.model.name.value, "weights": opened.weights.value} if checkpoint else {}),
         "data": spec.data.name.value,
         "samples": evaluation.samples,
         **accuracies(evaluation),
@@ -149,7 +165,17 @@ def _from_attribute(model: str) -> nn.Module:
     return found
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
+def _chosen(model: str, tensors: Mapping[str, Tensor], wanted: str | None) -> Weights:
+    averaged = has_average(tensors)
+    if wanted not in (None, *Weights):
+        raise SpecError(refusal("raw or ema", "weights", wanted))
+    if wanted == Weights.EMA and not averaged:
+        rule = "weights=raw (trained without optimizer.ema_decay)"
+        raise SpecError(refusal(rule, "weights", wanted, model))
+    return Weights(wanted or (Weights.EMA if averaged else Weights.RAW))
+
+
+def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
     module = build_model(
         checkpoint.spec.model,
         in_channels=checkpoint.in_channels,
@@ -159,7 +185,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
         std=checkpoint.std,
         seed=checkpoint.spec.seed,
     )
-    load_model(module, checkpoint.tensors)
+    load_model(module, checkpoint.tensors, averaged=weights is Weights.EMA)
     return module
 
 

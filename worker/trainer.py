@@ -57,10 +57,13 @@ class Recorder(Protocol):
         """After every round."""
 
     def evaluated(self, round_: int, evaluation: Evaluation) -> None:
-        """After an evaluation by all workers, of the parameters after `round_` rounds."""
+        """After an evaluation by all workers, of the model after `round_` rounds, on validation or test data."""
 
     def save(self, round_: int) -> None:
         """Asks for a checkpoint of the state after `round_` rounds."""
+
+    def save_best(self, round_: int) -> None:
+        """Asks for a checkpoint of the state after `round_` rounds, the best so far on validation data."""
 
 
 @dataclass(kw_only=True)
@@ -131,17 +134,22 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the end, or until a worker or server is asked to stop; True if the training is complete."""
         self.replica.model.train()
-        while self.round < self.rounds:
+        while not self.is_complete:
             metrics = self._one_round(self.round)
             self.round += 1
             if metrics.evaluation:
                 self._recorder.evaluated(self.round - 1, metrics.evaluation)
-            stop = metrics.stop > 0 and self.round < self.rounds
-            if stop or self._is_due(self.spec.checkpoint.every_epochs) or self.round == self.rounds:
+            stop = metrics.stop > 0 and not self.is_complete
+            if stop or self._is_due(self.spec.checkpoint.every_epochs) or self.is_complete:
                 self._recorder.save(self.round)
             if stop:
                 return False
         return True
+
+    @property
+    def is_complete(self) -> bool:
+        """All rounds are over, or early stopping has ended the training."""
+        return self.round >= self.rounds or self.replica.selection.is_over(self.spec.evaluation.patience)
 
     def _one_round(self, round_: int) -> RoundMetrics:
         """Iteration t = round_ + 1 of Algorithm A1."""
@@ -156,10 +164,12 @@ class Trainer:
         compute_s = watch.lap("forward and backward")
         traffic, metrics = self._average(cost, evaluation)  # lines 8 to 10, (A3)
         communication_s = watch.lap("wait for averages")
+        if metrics.evaluation and self._dataset.validation:
+            self._select(round_, metrics.evaluation)
+            evaluation_s += watch.lap("keep the best")
         learning_rate = self._schedule.learning_rate(round_)
-        parameters = self.replica.parameters
-        self.replica.optimizer.update(parameters.theta, parameters.gradient, learning_rate)  # line 12, (A4)
-        self._team.share_parameters(parameters.theta)
+        self.replica.update(learning_rate)  # line 12, (A4)
+        self._team.share_parameters(self.replica.parameters.theta)
         self._digest = self.replica.parameter_digest()
         compute_s += watch.lap("update")
         self._recorder.round_closed(
@@ -227,19 +237,31 @@ class Trainer:
         """This process's share of the evaluation of the parameters before this round, if one is due."""
         if round_ == 0 or not self._is_due(self.spec.evaluation.every_epochs):
             return None
-        # With data of its own, a worker has test data of its own, all of it its share.
+        # With data of its own, a worker has test and validation data of its own, all of it its share.
         shared = self.spec.data.split is Split.SHARED
         index, workers = (self._worker_index, self.spec.workers) if shared else (0, 1)
-        return evaluate(
-            self.replica.model,
-            self._dataset.test,
-            self.spec.evaluation_attack,
-            batch=self.spec.evaluation.batch,
-            seed=self.spec.seed,
-            worker_index=index + workers * self._team.local_rank,
-            workers=workers * self._team.size,
-            device=self._device,
-        )
+        samples = self._dataset.test
+        if self._dataset.validation:
+            samples = self._dataset.validation
+            self.replica.mark_judged()
+        with self.replica.judged() as model:
+            return evaluate(
+                model,
+                samples,
+                self.spec.evaluation_attack,
+                batch=self.spec.evaluation.batch,
+                seed=self.spec.seed,
+                worker_index=index + workers * self._team.local_rank,
+                workers=workers * self._team.size,
+                device=self._device,
+            )
+
+    def _select(self, round_: int, evaluation: Evaluation) -> None:
+        """Keeps the model that was judged in this round, which is yet to be updated, if it is the best so far."""
+        self.replica.selection = self.replica.selection.after(round_, evaluation)
+        if self.replica.selection.round == round_:
+            with self.replica.as_judged():
+                self._recorder.save_best(round_)
 
     def _is_due(self, every_epochs: int) -> bool:
         return every_epochs > 0 and self.round % (every_epochs * self._plan.rounds_per_epoch) == 0

@@ -10,7 +10,7 @@ import torch
 from common.config import CodecName, JobSpec, Topology
 from common.errors import CheckpointError, SpecError, refusal
 from common.layout import Layout, TensorSpec, plan_layout
-from common.spec_sources import differences
+from common.spec_sources import differences, spec_keys
 from common.timeline import OFF, Timeline
 from worker.checkpoint import Checkpoint
 from worker.data import BatchPlan, Dataset
@@ -78,6 +78,7 @@ class Workplace:
             _refuse_other_job(checkpoint, spec, layout)
             refuse_other_data(checkpoint, dataset)
             replica.load_state(checkpoint.tensors)
+            replica.selection = checkpoint.selection
         return cls(
             spec=spec,
             dataset=dataset,
@@ -182,10 +183,12 @@ def _refuse_other_job(checkpoint: Checkpoint, spec: JobSpec, layout: Layout) -> 
 
 
 def _bound(before: JobSpec, now: JobSpec, layout: Layout) -> frozenset[str]:
-    """The keys of `FREE_ON_RESUME` that touch the parameters all the same, between these two jobs."""
+    """The keys of `FREE_ON_RESUME` that touch the parameters, or which are the best, between these two jobs."""
     bound: set[str] = set()
     if any(job.exchange.topology is Topology.COLLECTIVE and job.codec.name is CodecName.NONE for job in (before, now)):
         bound |= {"exchange.topology", "exchange.bucket_bytes"}  # an all-reduce adds each bucket in an order of its own
+    if now.data.validation:  # the best so far was judged with it
+        bound |= {key for key, _, _ in spec_keys() if key.startswith("evaluation.attack.")}
     if not layout.dealt and before.shards != now.shards:
         bound |= {"servers", "exchange.topology"}  # the averages' scales span a shard
     return frozenset(bound)

@@ -193,6 +193,29 @@ def test_the_end_compares_with_the_baseline_and_with_float32() -> None:
     assert "run folder runs/one" in lines
 
 
+def test_the_end_names_the_best_model_on_validation_data_too() -> None:
+    best = {"round": 3, "clean_accuracy": 0.97, "robust_accuracy": 0.781, "validation_robust_accuracy": 0.8}
+
+    def lines_with(best: dict[str, Any]) -> list[str]:
+        text = text_of(summary("digits-dat-pgd", "runs/one", {**result(), "best": best}, "PGD-20, epsilon 0.2"))
+        return [" ".join(line.split()) for line in text.splitlines()]
+
+    assert "its best on validation data (round 3) 97.0 % 78.1 %" in lines_with(best)
+    gone = {"round": 3, "validation_robust_accuracy": 0.8, "checkpoint": None}
+    assert not any("its best" in line for line in lines_with(gone))
+
+
+def test_an_evaluation_on_validation_data_is_called_one_and_early_stopping_is_told() -> None:
+    view = seen([*STARTED, *JOINED, *ADMITTED, *rounds(1, 2)])
+    event = {"event": "evaluation", "process": "worker-0", **EVALUATION, "data": "validation"}
+    text = text_of(render(seen([event, {"event": "early_stop", "process": "worker-0", "text": "no better"}], view)))
+    assert "validation clean accuracy 94.0 %" in " ".join(text.split())
+    assert "worker-0: no better" in text
+    assert "test clean accuracy 98.0 %" in " ".join(
+        text_of(render(update(view, {"event": "result", "process": "worker-0", **result(0.98, 0.76)}))).split()
+    )
+
+
 def test_on_a_terminal_the_last_picture_stays() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=120)
     with TerminalDisplay(console) as display:

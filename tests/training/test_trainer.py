@@ -38,6 +38,7 @@ class Recording:
         self.reports: list[RoundReport] = []
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.saved: list[int] = []
+        self.best: list[int] = []
 
     def round_closed(self, report: RoundReport) -> None:
         self.reports.append(report)
@@ -47,6 +48,9 @@ class Recording:
 
     def save(self, round_: int) -> None:
         self.saved.append(round_)
+
+    def save_best(self, round_: int) -> None:
+        self.best.append(round_)
 
 
 def model_for(spec: JobSpec, dataset: Dataset) -> nn.Module:

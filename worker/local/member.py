@@ -53,7 +53,11 @@ class Silent:
     def save(self, round_: int) -> None:  # noqa: ARG002
         """See `worker.trainer.Recorder`: the optimizer's state is gathered."""
         if self._saves:
-            self._workplace.replica.optimizer.state_tensors()
+            self._workplace.replica.gather()
+
+    def save_best(self, round_: int) -> None:
+        """See `worker.trainer.Recorder`."""
+        self.save(round_)
 
 
 def build(order: Order) -> Workplace:

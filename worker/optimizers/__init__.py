@@ -8,16 +8,19 @@ from worker.optimizers.base import LayerRule, Optimizer, layer_rules
 from worker.optimizers.flat import FlatParameters, Layer
 from worker.optimizers.lamb import Lamb
 from worker.optimizers.lars import Lars
+from worker.optimizers.moving_average import Averages, MovingAverage
 from worker.optimizers.sgd import Sgd
 from worker.optimizers.shares import Shares
 
 __all__ = [
     "AdamW",
+    "Averages",
     "FlatParameters",
     "Lamb",
     "Lars",
     "Layer",
     "LayerRule",
+    "MovingAverage",
     "Optimizer",
     "Sgd",
     "Shares",
