@@ -95,7 +95,7 @@ def balanced_order(labels_N: Tensor, seed: int) -> Tensor:
         of_class = (labels_N == label).nonzero().squeeze(1)
         generator = stream_generator(seed, Purpose.LABELED, label)
         turns[of_class[torch.randperm(len(of_class), generator=generator)]] = torch.arange(len(of_class))
-    return torch.argsort(turns * (int(labels_N.max()) + 1) + labels_N)
+    return torch.argsort(turns, stable=True)
 
 
 def _count(labeled: int | float, samples: int) -> int:

@@ -81,12 +81,13 @@ def test_an_epoch_divides_the_labeled_samples_among_rounds_and_workers(
 
 
 def test_unlabeled_samples_are_passed_over_evenly_and_divided_among_the_workers() -> None:
-    plan = mixed(labeled=40, unlabeled=10, workers=2, batch=8, per_batch=4)  # 8 a round: 5 rounds are 4 passes
-    drawn: Counter[int] = Counter()
-    for round_ in range(5):
-        for worker in range(2):
-            drawn.update(index for index in plan.indices(round_, worker).tolist() if index >= 40)
-    assert drawn == {40 + sample: 4 for sample in range(10)}
+    plan = mixed(labeled=64, unlabeled=24, workers=2, batch=8, per_batch=4)  # 8 a round: 3 rounds are a pass
+    for cycle in range(3):
+        drawn: Counter[int] = Counter()
+        for round_ in range(3 * cycle, 3 * cycle + 3):
+            for worker in range(2):
+                drawn.update(index for index in plan.indices(round_, worker).tolist() if index >= 64)
+        assert drawn == {64 + sample: 1 for sample in range(24)}
 
 
 def test_with_data_of_their_own_workers_pass_over_their_own_unlabeled_samples() -> None:
