@@ -30,6 +30,7 @@ from tests.gpu.exchanges import (
 )
 from tests.gpu.queues import HostQueue, Machine, host_machine
 from tests.support import DEADLINE_S, DIGEST, in_threads, job, members, running_servers
+from worker.exchange import gradients
 from worker.exchange.gradients import DeviceGradient, HostGradient, gradient_memory, has_kernels
 
 CODECS = {
@@ -274,6 +275,24 @@ def test_a_gradient_on_the_host_is_exchanged_in_its_own_memory() -> None:
     assert isinstance(memory, HostGradient)
     for vector in (memory.whole(), memory.room(layout.buckets[0]), memory.fetch(layout.buckets[0])):
         assert vector.ctypes.data == gradient.data_ptr()
+
+
+def test_where_kernels_do_not_compile_the_cpu_encodes_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_memory: DeviceGradient) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC")
+
+    spec = job("workers=1")
+    layout = plan_layout(TENSORS, spec)
+    monkeypatch.setattr(gradients, "available", lambda _: True)
+    monkeypatch.setattr(gradients, "SideStream", lambda _: HostQueue(late=True))
+    monkeypatch.setattr(DeviceGradient, "warm", lambda _: None)
+    with_kernels = gradient_memory(torch.zeros(layout.d, device="meta"), layout, spec)
+    monkeypatch.setattr(DeviceGradient, "warm", broken)
+    with pytest.warns(UserWarning, match=r"encoded on the CPU: kernels do not work here: Failed to find C compiler\.$"):
+        without = gradient_memory(torch.zeros(layout.d, device="meta"), layout, spec)
+    assert isinstance(with_kernels, DeviceGradient)
+    assert isinstance(without, DeviceGradient)
+    assert (with_kernels._encoder is None, without._encoder is None) == (False, True)
 
 
 @pytest.mark.parametrize(

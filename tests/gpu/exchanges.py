@@ -96,7 +96,9 @@ class OnDevice:
         self._kernels, self._shuffled = kernels, shuffled
 
     def memory(self, layout: Layout) -> GradientMemory:
-        return self._make(DeviceGradient, layout)
+        memory = self._make(DeviceGradient, layout)
+        memory.warm()
+        return memory
 
     def _make(self, kind: type[Memory], layout: Layout) -> Memory:
         self.buckets = layout.of_kind(BucketKind.GRADIENT)

@@ -18,6 +18,7 @@ What has to be true of the order on a device, and who sees to it:
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
@@ -190,6 +191,17 @@ class DeviceGradient:
         if codec.two_sided:
             self._decoder = DeviceDecoder(device, queue=self._back, **form)
 
+    def warm(self) -> None:
+        """Has the kernels compiled, which takes seconds a first time, by one thread and before the first round."""
+        for n in sorted({bucket.n for bucket in self._own.values()}):
+            if self._encoder is not None:
+                vector = torch.zeros(n, device=self._gradient.device)
+                begun = self._encoder.encode(vector, 0, self._key.words())
+                scales, payload = begun.result()
+                if self._decoder is not None:
+                    self._decoder.decode(scales, payload, 0, vector, add=False)
+                begun.release()
+
     def begin(self, key: RandomKey) -> None:
         """See `GradientMemory`."""
         self._key = key
@@ -294,7 +306,7 @@ def has_kernels(codec: CodecSpec) -> bool:
 
 
 def gradient_memory(gradient: Tensor, layout: Layout, spec: JobSpec, part: slice = WHOLE) -> GradientMemory:
-    """The memory of a gradient, wherever it lies.
+    """The memory of a gradient, wherever it lies, ready for the first round.
 
     Args:
         gradient: float32 of shape (d,).
@@ -305,5 +317,13 @@ def gradient_memory(gradient: Tensor, layout: Layout, spec: JobSpec, part: slice
     device = gradient.device
     if device.type == "cpu":
         return HostGradient(gradient.numpy())
-    kernels = spec.codec if available(device) else None
-    return DeviceGradient(gradient, layout, out=SideStream(device), back=SideStream(device), part=part, kernels=kernels)
+    out, back = SideStream(device), SideStream(device)
+    if available(device):
+        memory = DeviceGradient(gradient, layout, out=out, back=back, part=part, kernels=spec.codec)
+        try:
+            memory.warm()
+            return memory
+        except Exception as error:  # of any kind; most often there is no C compiler, which Triton needs
+            reason = str(error).split("\n", maxsplit=1)[0]
+            warnings.warn(f"buckets are encoded on the CPU: kernels do not work here: {reason}", stacklevel=2)
+    return DeviceGradient(gradient, layout, out=out, back=back, part=part)
