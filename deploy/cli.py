@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.config import JobSpec
 from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED
 from common.events import Emitter
 from common.spec_sources import load_job_spec
@@ -44,11 +45,14 @@ from deploy.options import (
     JobOption,
     JsonOption,
     RecipeOption,
+    RunFolderOption,
     SetOption,
+    SmokeOption,
     StateOption,
     TensorBoardOption,
     ThreadsOption,
     TraceFileOption,
+    TraceOption,
     UnlabeledOption,
     WorkerOutOption,
     errors,
@@ -205,10 +209,7 @@ def train(
     job: JobOption = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(envvar=variable("out"), help="Run folder, new or empty; runs/<recipe>-<time> if absent."),
-    ] = None,
+    out: RunFolderOption = None,
     resume: Annotated[
         Path | None, typer.Option(envvar=variable("resume"), help="Run folder to go on with, as its job.yaml says.")
     ] = None,
@@ -219,10 +220,9 @@ def train(
     unlabeled: UnlabeledOption = None,
     init: InitOption = None,
     baseline: BaselineOption = True,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
-    ] = False,
+    trace: TraceOption = False,
     tensorboard: TensorBoardOption = False,
+    smoke: SmokeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train on this machine: servers and workers as separate processes on 127.0.0.1.
@@ -232,7 +232,7 @@ def train(
     with errors(as_json, "train"):
         from deploy.train import TrainOptions, job_to_resume, with_local_files
 
-        devices = devices_of(context, devices)
+        devices, first = devices_of(context, devices), None
         if resume is not None and given(context, "resume", over=("job", "recipe", "out")):
             folder = runs.without_links(resume)
             spec, title = job_to_resume(folder, settings=settings or [], environment=os.environ, reserved=RESERVED)
@@ -240,7 +240,10 @@ def train(
             resume = None
             transfer = ["transfer.init=true"] if init is not None else []
             spec, title = job_spec_of(context, job, recipe, [*transfer, *(settings or [])])
-            spec = with_local_files(spec, unlabeled=unlabeled, init=init)
+            if smoke and given(context, "smoke", over=("init", "unlabeled", "data")):
+                spec, first = _smoke(spec)
+            else:
+                spec = with_local_files(spec, unlabeled=unlabeled, init=init)
             folder = runs.new_run_folder(title, out, datetime.now())
             runs.point_latest_to(folder)
         options = TrainOptions(
@@ -256,6 +259,7 @@ def train(
             init=init,
             baseline=baseline,
             trace=trace,
+            first=first,
         )
         code = _train(options, as_json, tensorboard)
     raise typer.Exit(code)
@@ -301,6 +305,13 @@ def main() -> None:
     """Entry point of the console script, and of the daemons that it starts."""
     tune_grpc()
     app()
+
+
+def _smoke(spec: JobSpec) -> tuple[JobSpec, JobSpec | None]:
+    from deploy.smoke import shrunk
+
+    small = shrunk(spec)
+    return small.spec, small.first
 
 
 def _train(options: Any, as_json: bool, tensorboard: bool) -> int:

@@ -140,6 +140,17 @@ BaselineOption = Annotated[
 TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Write TensorBoard events into the run folder, too.")
 ]
+SmokeOption = Annotated[
+    bool,
+    typer.Option("--smoke", help="The same method in under a minute: digits, a small network, two workers at most."),
+]
+RunFolderOption = Annotated[
+    Path | None,
+    typer.Option("--out", envvar=variable("out"), help="Run folder, new or empty; runs/<recipe>-<time> if absent."),
+]
+TraceOption = Annotated[
+    bool, typer.Option("--trace", help="Write a timeline of every phase of every bucket to trace.json (Perfetto).")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", envvar=variable("json"), help="Machine-readable output on standard output.")
 ]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import AttackLoss, AttackName, AttackNorm, AttackSpec, CodecName, JobSpec, ObjectiveName
-from common.errors import EXIT_RETRY, SpecError, refusal
+from common.errors import EXIT_RETRY, PeerLostError, SpecError, refusal
 from common.spec_sources import differences, load_job_spec
 from common.timeline import merge
 from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display
 from deploy.progress import RunView
+from deploy.smoke import files_for
 from deploy.supervision import Outcome, Patience
 from worker.local.devices import parse_devices
 from worker.local_files import refuse_unfit_init, refuse_unfit_unlabeled, sha256_of
@@ -40,6 +41,7 @@ class TrainOptions:
         devices: several of each worker instead, `cuda:0,cuda:1` or `cpu:2`; all workers get the same ones.
         baseline: train without attacks, too.
         trace: write the timeline of all processes to trace.json.
+        first: of a smoke run, the job that makes what it starts from.
     """
 
     spec: JobSpec
@@ -54,6 +56,7 @@ class TrainOptions:
     init: Path | None = None
     baseline: bool = True
     trace: bool = False
+    first: JobSpec | None = None
 
 
 def train(
@@ -74,6 +77,8 @@ def train(
     Raises:
         DatpsError: the data set cannot be fetched, or result.json is damaged.
     """
+    if options.first is not None:
+        options = _with_first(options, display, commands)
     run = _Run(options, display, commands or _datps_commands(options), patience)
     if options.download:
         _download(options)
@@ -95,6 +100,26 @@ def train(
         result = runs.read_result(options.folder) or result
     display.result(options.title, str(options.folder), result, robust_name(options.spec))
     return failure or Outcome(exit_code=0, text="complete")
+
+
+def _with_first(options: TrainOptions, display: Display, commands: CommandsFactory | None) -> TrainOptions:
+    """Trains what a smoke run starts from; the options with its files.
+
+    Raises:
+        DatpsError: that training has failed.
+    """
+
+    def train_first(folder: Path) -> None:
+        assert options.first is not None
+        folder.mkdir()
+        first = replace(options, spec=options.first, folder=folder, first=None, baseline=False, trace=False)
+        outcome = train(replace(first, title=f"{options.title}, what comes first"), display, commands=commands)
+        if outcome.exit_code != 0:
+            raise PeerLostError(f"{folder}: {outcome.text}")
+
+    unlabeled, init = files_for(options.spec, options.folder, train_first)
+    spec = with_local_files(options.spec, unlabeled=unlabeled, init=init)
+    return replace(options, spec=spec, unlabeled=unlabeled, init=init, first=None)
 
 
 def job_to_resume(

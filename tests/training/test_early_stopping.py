@@ -14,10 +14,10 @@ import torch
 
 from common.config import JobSpec
 from common.errors import SpecError
-from tests.local.support import CPU, checkpoint_of
+from tests.local.support import CPU, dataset_of
 from tests.local.support import train as train_locally
 from tests.processes.test_worker_in_thread import TRAINING_S, error_of, image_folder, work
-from tests.support import DEADLINE_S, job, running_server
+from tests.support import DEADLINE_S, checkpoint_of, job, running_server
 from worker.checkpoint import load_checkpoint
 from worker.datasets import load_dataset
 from worker.judging.evaluation import evaluate_model
@@ -221,7 +221,7 @@ def test_a_resumed_run_with_averages_and_a_selection_is_bit_identical(optimizer:
     described = describe_data(load_dataset(spec.data, root=None))
     selection = first.workplace.replica.selection
     assert selection.round == 3
-    saved = dataclasses.replace(checkpoint_of(spec, described, first, 4), selection=selection)
+    saved = dataclasses.replace(checkpoint_of(spec, dataset_of(spec), first.state, 4), selection=selection)
     resumed = train_locally(spec, sizes, 6, saved)
     digests = {share.replica_digest for worker in [*whole, *resumed] for share in worker}
     assert len(digests) == 1

@@ -11,15 +11,14 @@ from torch.nn import functional as F
 
 from common.config import BatchNormMode, JobSpec
 from common.wire.v1 import ps_pb2 as wire
-from tests.local.support import SMALL, checkpoint_of, dataset_of
+from tests.local.support import SMALL, dataset_of
 from tests.local.support import train as train_local
-from tests.support import in_threads, introduce, job, ready, running_servers, silent
+from tests.support import checkpoint_of, in_threads, introduce, job, ready, running_servers, silent
 from tests.training.test_trainer import Recording, model_for, plan_for, train
 from worker.attacks import GradientSignAttack
 from worker.exchange.coordination import End
 from worker.exchange.ps import ParameterServerExchange
 from worker.randomness import Purpose, round_generator, stream_generator
-from worker.record import describe_data
 from worker.replays import Replays
 from worker.workplace import Workplace
 
@@ -91,7 +90,7 @@ def test_a_free_training_resumed_between_two_batches_is_identical_to_one_that_we
     spec = job("workers=2", *SMALL, *FREE, "codec.bits=8", "codec.two_sided=true", "data.augment=true")
     undisturbed = train_local(spec, sizes, 8)
     saved = train_local(spec, sizes, 6)[0][0]
-    checkpoint = checkpoint_of(spec, describe_data(saved.workplace.dataset), saved, 6)
+    checkpoint = checkpoint_of(spec, saved.workplace.dataset, saved.state, 6)
     resumed = train_local(spec, sizes, 8, checkpoint)
     digests = {share.replica_digest for workers in (undisturbed, resumed) for shares in workers for share in shares}
     assert len(digests) == 1
