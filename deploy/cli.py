@@ -23,7 +23,7 @@ from rich.text import Text
 
 from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED
 from common.events import Emitter
-from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
+from common.spec_sources import load_job_spec
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
 from deploy.evaluation_cli import evaluate
@@ -37,6 +37,7 @@ from deploy.options import (
     DownloadOption,
     HostOption,
     InitOption,
+    JobIdOption,
     JobOption,
     JsonOption,
     RecipeOption,
@@ -143,14 +144,7 @@ def worker(
         str,
         typer.Option(envvar=variable("worker_id"), help="Stable name.", default_factory=lambda: default_worker_id()),
     ],
-    job_id: Annotated[
-        str | None,
-        typer.Option(
-            envvar=f"{ENVIRONMENT_PREFIX}JOB_ID",
-            help="Refuse to join another job; any job if absent.",
-            show_default=False,
-        ),
-    ] = None,
+    job_id: JobIdOption = None,
     connect_s: Annotated[
         float, typer.Option(envvar=variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
     ] = 60.0,
@@ -241,8 +235,7 @@ def train(
             transfer = ["transfer.init=true"] if init is not None else []
             spec, title = job_spec_of(context, job, recipe, [*transfer, *(settings or [])])
             spec = with_local_files(spec, unlabeled=unlabeled, init=init)
-            folder = runs.new_run_folder(title, out, datetime.now())
-            runs.point_latest_to(folder)
+            folder = _new_run_folder(title, out)
         options = TrainOptions(
             spec=spec,
             title=title,
@@ -289,6 +282,12 @@ def _show_recipe(name: str, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps({**described, "job_spec": spec.model_dump(mode="json")}))
         else:
             typer.echo(found.text, nl=False)
+
+
+def _new_run_folder(title: str, out: Path | None) -> Path:
+    folder = runs.new_run_folder(title, out, datetime.now())
+    runs.point_latest_to(folder)
+    return folder
 
 
 def default_worker_id() -> str:
