@@ -244,8 +244,7 @@ def train(
                 spec, first = _smoke(spec)
             else:
                 spec = with_local_files(spec, unlabeled=unlabeled, init=init)
-            folder = runs.new_run_folder(title, out, datetime.now())
-            runs.point_latest_to(folder)
+            folder = _new_run_folder(title, out)
         options = TrainOptions(
             spec=spec,
             title=title,
@@ -293,6 +292,12 @@ def _show_recipe(name: str, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps({**described, "job_spec": spec.model_dump(mode="json")}))
         else:
             typer.echo(found.text, nl=False)
+
+
+def _new_run_folder(title: str, out: Path | None) -> Path:
+    folder = runs.new_run_folder(title, out, datetime.now())
+    runs.point_latest_to(folder)
+    return folder
 
 
 def default_worker_id() -> str:

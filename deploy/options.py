@@ -52,6 +52,12 @@ def variable(flag: str) -> str:
 JobOption = Annotated[
     Path | None, typer.Option("--job", envvar=variable("job"), help="Job spec, a YAML file.", show_default=False)
 ]
+JobIdOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=f"{ENVIRONMENT_PREFIX}JOB_ID", help="Refuse to join another job; any job if absent.", show_default=False
+    ),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(

@@ -63,6 +63,7 @@ PURE_PATTERNS = (
     "worker/subsets.py",
     "worker/transfer.py",
     "worker/models/fixed_norm.py",
+    "worker/models/enlarge.py",
     "worker/optimizers/*.py",
     "deploy/supervision.py",
     "deploy/progress.py",

@@ -21,7 +21,6 @@ from tests.support import DEADLINE_S, checkpoint_of, job, running_server
 from worker.checkpoint import load_checkpoint
 from worker.datasets import load_dataset
 from worker.judging.evaluation import evaluate_model
-from worker.record import describe_data
 from worker.workplace import Workplace
 
 JUDGED = ("evaluation.every_epochs=1", "evaluation.attack.steps=1", "attack.steps=1", "attack.epsilon=0.1")
@@ -218,7 +217,6 @@ def test_a_resumed_run_with_averages_and_a_selection_is_bit_identical(optimizer:
     spec = job("workers=2", *SMALL, *AVERAGED, *settings, *more)
     whole = train_locally(spec, sizes, 6)
     first = train_locally(spec, sizes, 4)[0][0]
-    described = describe_data(load_dataset(spec.data, root=None))
     selection = first.workplace.replica.selection
     assert selection.round == 3
     saved = dataclasses.replace(checkpoint_of(spec, dataset_of(spec), first.state, 4), selection=selection)
