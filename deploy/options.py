@@ -131,12 +131,6 @@ StateOption = Annotated[
     Path | None,
     typer.Option("--state", envvar=variable("state"), help="Folder for the residuals of biased codecs."),
 ]
-JobIdOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar=f"{ENVIRONMENT_PREFIX}JOB_ID", help="Refuse to join another job; any job if absent.", show_default=False
-    ),
-]
 ConnectOption = Annotated[
     float, typer.Option(envvar=variable("connect_s"), min=0, help="Seconds to wait for a server to answer.")
 ]
