@@ -21,7 +21,7 @@ NEW_ENOUGH = test -n "$(PYTHON)" && $(PYTHON) $(IS_NEW_ENOUGH) || \
   { echo "expected Python 3.11 or newer, got PYTHON=$(PYTHON) (make PYTHON=/path/to/python)"; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check proto check-proto clean
+.PHONY: help train test smoke check proto check-proto clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ train: $(VENV)/.package  ## train the default recipe on this machine
 
 test: $(VENV)/.test $(PROTO_VENV)/.tools-$(GRPCIO_TOOLS)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+smoke: $(VENV)/.package  ## run the smoke form of every recipe, about ten minutes
+	$(BIN)/python -m bench.smoke $(ARGS)
 
 check: $(VENV)/.check check-proto  ## lint, formatting, types, generated code is current
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ def refuse_unless_drawable(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        rule = "matplotlib, of the extra `plot` (pip install 'datps[plot]')"
+        rule = "matplotlib, of the extra `report` (pip install 'datps[report]')"
         raise SpecError(refusal(rule, "plot", path, str(error))) from None
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in formats:
