@@ -20,7 +20,7 @@ from worker.local.member import build
 from worker.local.processes import Order, built
 from worker.local_files import sha256_of
 from worker.pseudo_labels import load_pseudo_labels, save_pseudo_labels
-from worker.trained import evaluate_model
+from worker.judging.evaluation import evaluate_model
 
 SMALL = ("model.width=4", "data.batch_per_worker=40", "schedule.epochs=2", *FAST)
 MIXED = ("data.labeled=60", "data.unlabeled_fraction=0.5", *SMALL)
