@@ -99,13 +99,10 @@ def few_buckets(tensors: list[TensorSpec], spec: JobSpec) -> bool:
     return sum(tensor.elements for tensor in tensors) * 4 < 2000 * spec.exchange.bucket_bytes
 
 
-# Cuts
+# Cuts; what holds for every layout is put to the test by `test_every_layout_keeps_all_of_this`
 
 
-@given(plans())
-@settings(max_examples=150, deadline=None)
-def test_buckets_tile_both_vectors_and_lie_in_the_right_shard(plan: tuple[Layout, JobSpec]) -> None:
-    layout, spec = plan
+def buckets_tile_both_vectors_and_lie_in_the_right_shard(layout: Layout, spec: JobSpec) -> None:
     assert layout.d == sum(tensor.elements for tensor in layout.tensors if not tensor.buffer)
     assert layout.e == sum(tensor.elements for tensor in layout.tensors if tensor.buffer)
     assert [bucket.number for bucket in layout.buckets] == list(range(len(layout.buckets)))
@@ -121,10 +118,7 @@ def test_buckets_tile_both_vectors_and_lie_in_the_right_shard(plan: tuple[Layout
         assert low <= bucket.start < bucket.stop <= high
 
 
-@given(plans())
-@settings(max_examples=150, deadline=None)
-def test_shards_take_turns_unless_the_scales_of_an_average_span_them(plan: tuple[Layout, JobSpec]) -> None:
-    layout, spec = plan
+def shards_take_turns_unless_the_scales_of_an_average_span_them(layout: Layout, spec: JobSpec) -> None:
     gradient = layout.of_kind(BucketKind.GRADIENT)
     assert layout.dealt is not pull_codec(layout, spec, 0).needs_whole_vector
     if layout.dealt:
@@ -135,21 +129,15 @@ def test_shards_take_turns_unless_the_scales_of_an_average_span_them(plan: tuple
     assert [bucket.shard for bucket in gradient[: spec.servers]] == list(range(spec.servers))
 
 
-@given(plans())
-@settings(max_examples=150, deadline=None)
-def test_inner_cuts_fall_on_multiples_of_the_alignment(plan: tuple[Layout, JobSpec]) -> None:
-    layout, spec = plan
+def inner_cuts_fall_on_multiples_of_the_alignment(layout: Layout, spec: JobSpec) -> None:
     unit = alignment_of(layout, spec)
     assert pull_codec(layout, spec, 0).alignment in (1, unit)
     gradient = [bucket for bucket in layout.buckets if bucket.kind is BucketKind.GRADIENT]
     assert all(bucket.start % unit == 0 for bucket in gradient)
 
 
-@given(plans())
-@settings(max_examples=150, deadline=None)
-def test_shards_differ_by_at_most_one_alignment_unit_per_bucket(plan: tuple[Layout, JobSpec]) -> None:
+def shards_differ_by_at_most_one_alignment_unit_per_bucket(layout: Layout, spec: JobSpec) -> None:
     """Buckets of one vector differ by a unit at most; every shard has as many of them, if there are enough units."""
-    layout, spec = plan
     for kind, unit in ((BucketKind.GRADIENT, alignment_of(layout, spec)), (BucketKind.STATE, 1)):
         of_shard = [[b.n for b in layout.of_shard(shard) if b.kind is kind] for shard in range(spec.servers)]
         counts, sizes = [len(each) for each in of_shard], [sum(each) for each in of_shard]
@@ -196,18 +184,25 @@ def planned(tensors: list[TensorSpec], spec: JobSpec) -> tuple[Layout, JobSpec]:
 MANY_SMALL_LAYERS = [parameter(2_000_000, name="big"), *(parameter(1, name=f"bias{i}") for i in range(3000))]
 
 
-@given(plans())
-@settings(max_examples=150, deadline=None)
-@example(planned([parameter(40_000_000)], job(bits=2, block=8, two_sided=True, bucket_bytes=LARGEST_BUCKET)))
-@example(planned([parameter(40_000_000)], job(bits=2, block=512, two_sided=True, bucket_bytes=LARGEST_BUCKET)))
-@example(planned([parameter(5_000_000)], job(bits=16, block=MAXIMAL_BLOCK, bucket_bytes=1024)))
-@example(planned(MANY_SMALL_LAYERS, job(bits=2, block="layer", two_sided=True, bucket_bytes=1 << 14)))
-def test_no_message_exceeds_bucket_bytes_unless_it_holds_one_unit(plan: tuple[Layout, JobSpec]) -> None:
-    layout, spec = plan
+def no_message_exceeds_bucket_bytes_unless_it_holds_one_unit(layout: Layout, spec: JobSpec) -> None:
     for bucket in layout.buckets:
         largest = max(content_bytes(layout, spec, bucket))
         assert largest + FRAMING < RECEIVE_LIMIT
         assert largest <= spec.exchange.bucket_bytes or holds_one_unit(layout, spec, bucket)
+
+
+@given(plans())
+@settings(max_examples=200, deadline=None)
+@example(planned([parameter(40_000_000)], job(bits=2, block=8, two_sided=True, bucket_bytes=LARGEST_BUCKET)))
+@example(planned([parameter(40_000_000)], job(bits=2, block=512, two_sided=True, bucket_bytes=LARGEST_BUCKET)))
+@example(planned([parameter(5_000_000)], job(bits=16, block=MAXIMAL_BLOCK, bucket_bytes=1024)))
+@example(planned(MANY_SMALL_LAYERS, job(bits=2, block="layer", two_sided=True, bucket_bytes=1 << 14)))
+def test_every_layout_keeps_all_of_this(plan: tuple[Layout, JobSpec]) -> None:
+    buckets_tile_both_vectors_and_lie_in_the_right_shard(*plan)
+    shards_take_turns_unless_the_scales_of_an_average_span_them(*plan)
+    inner_cuts_fall_on_multiples_of_the_alignment(*plan)
+    shards_differ_by_at_most_one_alignment_unit_per_bucket(*plan)
+    no_message_exceeds_bucket_bytes_unless_it_holds_one_unit(*plan)
 
 
 def test_buckets_are_no_smaller_than_they_need_to_be() -> None:
