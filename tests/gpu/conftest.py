@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ SECONDS = 300
 Outcome = Callable[[str], dict[str, np.ndarray]]
 
 
-def run_module(name: str, path: Path, **environment: str) -> None:
-    """Runs `python -m name path` from the repository's root."""
+def run_module(name: str, path: Path, **environment: str) -> Path:
+    """Runs `python -m name path` from the repository's root; returns the path."""
     done = subprocess.run(
         [sys.executable, "-m", name, str(path)],
         cwd=ROOT,
@@ -31,14 +32,29 @@ def run_module(name: str, path: Path, **environment: str) -> None:
         timeout=SECONDS - 20,
     )
     assert done.returncode == 0, done.stderr
+    return path
 
 
 @pytest.fixture(scope="session")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Waits for a file that a process of its own writes; all of these run at the same time."""
+    folder = tmp_path_factory.mktemp("gpu")
+    with ThreadPoolExecutor(2) as pool:
+        files = {
+            "interpreted.npz": pool.submit(
+                run_module, "tests.gpu.interpreted", folder / "interpreted.npz", TRITON_INTERPRET="1"
+            ),
+            "compiled.json": pool.submit(
+                run_module, "tests.gpu.compiled", folder / "compiled.json", TRITON_INTERPRET="0"
+            ),
+        }
+        yield lambda name: files[name].result()
+
+
+@pytest.fixture(scope="session")
+def interpreted(written: Callable[[str], Path]) -> Outcome:
     """What a program returns when it is interpreted."""
-    path = tmp_path_factory.mktemp("gpu") / "interpreted.npz"
-    run_module("tests.gpu.interpreted", path, TRITON_INTERPRET="1")
-    with np.load(path) as file:
+    with np.load(written("interpreted.npz")) as file:
         arrays = dict(file)
 
     def outcome(name: str) -> dict[str, np.ndarray]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.gpu.conftest import SECONDS, run_module
+from tests.gpu.conftest import SECONDS
 
 pytestmark = pytest.mark.timeout(SECONDS)
 
@@ -21,10 +23,8 @@ EXACT = re.compile(
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    path = tmp_path_factory.mktemp("gpu") / "compiled.json"
-    run_module("tests.gpu.compiled", path, TRITON_INTERPRET="0")
-    return json.loads(path.read_text())
+def compiled(written: Callable[[str], Path]) -> dict[str, str]:
+    return json.loads(written("compiled.json").read_text())
 
 
 def inexact(ptx: str) -> set[str]:
