@@ -59,19 +59,19 @@ def test_payload_may_be_any_buffer(spec: CodecSpec) -> None:
 
 
 @every_codec
-@pytest.mark.parametrize("offset", [0, 1, 3, 8])
-def test_payload_is_written_where_it_shall_be_and_nowhere_else(spec: CodecSpec, offset: int) -> None:
+def test_payload_is_written_where_it_shall_be_and_nowhere_else(spec: CodecSpec) -> None:
     for d in (D, 64, 7, 1, 0):
         codec, values = build(spec, d), gaussian(d)
         (expected,) = encode(codec, values)
         size = codec.payload_bytes(0, d)
-        message = np.full(size + 20, 0xA5, np.uint8)
-        payload = message[offset : offset + size]
-        encoded = codec.encode(values, 0, KEY, codec.measure(values, 0), payload=payload)
-        assert encoded.payload is payload
-        assert bytes_of(encoded) == bytes_of(expected)
-        assert (message[:offset] == 0xA5).all()
-        assert (message[offset + size :] == 0xA5).all()
+        for offset in (0, 1, 3, 8):
+            message = np.full(size + 20, 0xA5, np.uint8)
+            payload = message[offset : offset + size]
+            encoded = codec.encode(values, 0, KEY, codec.measure(values, 0), payload=payload)
+            assert encoded.payload is payload
+            assert bytes_of(encoded) == bytes_of(expected)
+            assert (message[:offset] == 0xA5).all()
+            assert (message[offset + size :] == 0xA5).all()
 
 
 @every_codec
@@ -184,17 +184,17 @@ def test_check_refuses_a_payload_that_is_not_finite(spec: CodecSpec, bad: float)
 
 
 @every_codec
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_input_that_is_not_finite_is_refused_by_flat_index_and_value(spec: CodecSpec, bad: float) -> None:
+def test_input_that_is_not_finite_is_refused_by_flat_index_and_value(spec: CodecSpec) -> None:
     codec = build(spec, 2 * SHARD + 3)
     values = gaussian(2 * SHARD + 3)
     measured = codec.measure(values, 0)
-    values[[SHARD + 700, SHARD + 900]] = bad
-    with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
-        codec.encode(values[SHARD:], SHARD, KEY, measured)
-    if codec.needs_whole_vector:
+    for bad in (np.nan, np.inf, -np.inf):
+        values[[SHARD + 700, SHARD + 900]] = bad
         with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
-            codec.measure(values, 0)
+            codec.encode(values[SHARD:], SHARD, KEY, measured)
+        if codec.needs_whole_vector:
+            with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
+                codec.measure(values, 0)
 
 
 @every_codec
