@@ -31,7 +31,8 @@ CodecOption = Annotated[
     typer.Option(
         "--codec",
         metavar="CODEC",
-        help="BITS (8), BITSx2 for two-sided (8x2), paper:8x2, fp16, bf16, 32; may be repeated. [default: 8x2]",
+        help="BITS (8), BITSx2 for two-sided (8x2), 32, NAME (sign, fp16) or NAME:BITS (paper:8x2, shared:4); "
+        "may be repeated. [default: 8x2]",
         show_default=False,
     ),
 ]
