@@ -21,9 +21,9 @@ class Timeline:
     """Collects spans; safe to use from several threads. Off, it costs next to nothing."""
 
     def __init__(self, process: str, *, on: bool) -> None:
-        """`process`: its name on the timeline."""
+        """`process`: its name on the timeline, which may be changed as long as nothing is written."""
         self.on = on
-        self._process = process
+        self.process = process
         self._events: list[dict[str, Any]] = []
 
     @staticmethod
@@ -67,7 +67,7 @@ class Timeline:
         """The events with numbers for process and tracks, as the format wants them, and their names."""
         process, events = os.getpid(), list(self._events)
         tracks = {track: number for number, track in enumerate(dict.fromkeys(event["tid"] for event in events))}
-        yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": self._process}}
+        yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": self.process}}
         for track, number in tracks.items():
             yield {"name": "thread_name", "ph": "M", "pid": process, "tid": number, "args": {"name": track}}
         for event in events:

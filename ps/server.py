@@ -144,6 +144,7 @@ class Server:
 
     def assign(self, shard: int, view: FormView, coordinator_incarnation: int) -> None:
         """Tells a server of no shard yet which one it has, in which view."""
+        self._timeline.process += f"-{shard}"
         self.aggregator.assign(shard)
         self.aggregator.expect(view, coordinator_incarnation)
 

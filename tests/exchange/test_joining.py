@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from common.errors import MismatchError, PeerLostError, SpecError
+from common.events import Emitter
 from common.layout import plan_layout
 from common.wire.v1 import ps_pb2 as wire
+from ps.membership import FormView
+from ps.outcome import Outcome
 from ps.server import Server, ServerOptions
 from tests.exchange.raw import JOIN, RawStream, raw_channel
 from tests.support import (
@@ -188,3 +194,20 @@ def test_several_servers_share_the_vector() -> None:
         gradient = np.arange(joined[0].layout.d, dtype=np.float32)
         joined[0].exchange.average(0, gradient, np.zeros(joined[0].layout.e, np.float32), DIGEST)
     assert np.array_equal(gradient, np.arange(joined[0].layout.d, dtype=np.float32))
+
+
+def test_a_shard_has_its_number_on_the_timeline_once_it_is_told_which_it_is(tmp_path: Path) -> None:
+    view = FormView(view=1, worker_ids=("a", "b"), connections=(), samples=(), layout_digest=b"", round=0)
+
+    async def serve() -> None:
+        spec, trace = job("workers=2", "exchange.topology=colocated"), tmp_path / "trace.json"
+        server = Server(ServerOptions(spec=spec, shard=None, host="127.0.0.1", port=0, trace=trace), shard_emitter)
+        await server.start()
+        server.assign(1, view, 7)
+        server.end(Outcome(exit_code=75, text="the test is over"))
+        await server.serve()
+
+    shard_emitter = Emitter("shard", as_json=True, stream=io.StringIO())
+    asyncio.run(serve())
+    (named, *_) = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert named["args"] == {"name": "shard-1"}
