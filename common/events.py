@@ -25,7 +25,7 @@ _SENTENCES = {
     "waiting": "waiting for {missing} ({waited_s:.0f} s)",
     "refused": "refused {worker_id}: {text}",
     "evaluation": "round {round}: clean accuracy {clean_accuracy:.3f}, robust accuracy {robust_accuracy:.3f}",
-    "overfitting_check": "round {round}: training images {trained_accuracy:.3f} right, under PGD {pgd_accuracy:.3f}",
+    "overfitting_check": "round {round}: training images attacked {attacked_accuracy:.3f}, by PGD {pgd_accuracy:.3f}",
     "overfitting": "warning: {text}",
     "checkpoint": "saved {path} (round {round})",
     "stopping": "stopping: {text}",

@@ -138,6 +138,6 @@ class OverfittingSpec(Section):
     steps: int = Field(default=10, ge=1, le=1000)
     """PGD steps of the check, each 2.5 epsilon / steps, in the training's ball."""
     least_ratio: Number = Field(default=0.5, ge=0, le=1)
-    """Warn if the accuracy under PGD is below this fraction of that on the images that the batch was trained on."""
+    """Warn if the accuracy under PGD is below this fraction of that on the same images under the training's attack."""
     stop: bool = False
     """End the training, with its state saved, where it warns."""

@@ -30,10 +30,10 @@ class RoundMetrics:
     stop: float = 0.0
     """1 if this worker has been asked to stop: all workers see it in the same round, and stop after it."""
     checked_samples: float = 0.0
-    trained_correct: float = 0.0
+    attacked_correct: float = 0.0
     pgd_correct: float = 0.0
-    """Training samples of this round's check for overfitting, if there was one, and how many were right as perturbed
-    for the round, and under PGD."""
+    """Training samples of this round's check for overfitting, if there was one, and how many were right under
+    the training's attack, and under PGD."""
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -53,7 +53,7 @@ class RoundMetrics:
             return None
         return OverfittingCheck(
             samples=round(self.checked_samples),
-            trained_correct=round(self.trained_correct),
+            attacked_correct=round(self.attacked_correct),
             pgd_correct=round(self.pgd_correct),
         )
 

@@ -18,15 +18,15 @@ class OverfittingCheck:
     """Counts over training images, of one worker or the sums of all: they are from the same round and parameters."""
 
     samples: int
-    trained_correct: int
-    """Correct on the perturbed images that the round trains on."""
+    attacked_correct: int
+    """Correct under the training's own attack."""
     pgd_correct: int
     """Correct after PGD on the same images."""
 
     @property
-    def trained_accuracy(self) -> float:
+    def attacked_accuracy(self) -> float:
         """A fraction; 0 without samples."""
-        return self.trained_correct / self.samples if self.samples else 0.0
+        return self.attacked_correct / self.samples if self.samples else 0.0
 
     @property
     def pgd_accuracy(self) -> float:
@@ -35,17 +35,17 @@ class OverfittingCheck:
 
     def in_words(self, pgd_steps: int) -> str:
         """Both accuracies in a line."""
-        pgd, trained = f"{self.pgd_accuracy:.3f} under PGD-{pgd_steps}", f"{self.trained_accuracy:.3f} as trained on"
-        return f"accuracy on {self.samples} training images {pgd}, {trained}"
+        pgd = f"{self.pgd_accuracy:.3f} under PGD-{pgd_steps}"
+        return f"accuracy on {self.samples} training images {pgd}, {self.attacked_accuracy:.3f} under training's attack"
 
     def overfits(self, least_ratio: float) -> bool:
-        """Whether the accuracy under PGD is below `least_ratio` times that on the images trained on.
+        """Whether the accuracy under PGD is below `least_ratio` times that under the training's attack.
 
         Source: Wong et al. 2020: with one attack step, within an epoch the accuracy under PGD on training images falls
         to about 0 while that under the step itself rises. Deviation: their code compares with the epoch before (a fall
         by 0.2); a ratio of the same round needs no memory, so that a resumed run decides alike.
         """
-        return self.pgd_correct < least_ratio * self.trained_correct
+        return self.pgd_correct < least_ratio * self.attacked_correct
 
 
 def check_attack(job: JobSpec, attack: AttackSpec) -> AttackSpec:
@@ -67,7 +67,7 @@ def check_overfitting(
     Args:
         model: logits [N, K] of images.
         images_NCHW: clean images of the batch.
-        perturbed_NCHW: what the round trains on.
+        perturbed_NCHW: what the training's attack makes of them.
         labels_N: int64 class numbers.
         attack: of `check_attack`.
         start_NCHW: where it starts.
@@ -75,4 +75,4 @@ def check_overfitting(
     with eval_mode(model), torch.no_grad():
         trained = correct(model(perturbed_NCHW), labels_N)
         found = correct(model(attack.perturb(model, images_NCHW, labels_N, start_NCHW)), labels_N)
-    return OverfittingCheck(samples=len(labels_N), trained_correct=int(trained), pgd_correct=int(found))
+    return OverfittingCheck(samples=len(labels_N), attacked_correct=int(trained), pgd_correct=int(found))

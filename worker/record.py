@@ -170,7 +170,7 @@ class RunRecorder:
 
     def checked(self, round_: int, check: OverfittingCheck, *, overfits: bool, ends: bool) -> None:
         """See `worker.trainer.Recorder`."""
-        accuracies = {"trained_accuracy": check.trained_accuracy, "pgd_accuracy": check.pgd_accuracy}
+        accuracies = {"attacked_accuracy": check.attacked_accuracy, "pgd_accuracy": check.pgd_accuracy}
         self._emit("overfitting_check", round=round_, samples=check.samples, **accuracies)
         if not overfits:
             return

@@ -198,7 +198,7 @@ class Trainer:
         attacked = smoothed(self._model, batch.noise)
         perturbed = self._replays.perturb(attack, attacked, batch.images, batch.labels, batch.start)  # line 5, (A1)
         attack_s = watch.lap("attack")
-        check = self._check(round_, attacked, batch, perturbed)
+        check = self._check(round_, attack, attacked, batch, perturbed)
         evaluation_s += watch.lap("check")
         cost = self._compute_gradient(round_, batch, perturbed)  # line 6, (A2), and line 7 as it goes on
         self._replays.after_backward(attack, round_, batch.images, perturbed)
@@ -274,7 +274,7 @@ class Trainer:
             robust_correct=evaluation.robust_correct if evaluation else 0,
             stop=self._stop_requested() or self._exchange.stop_requested is not None,
             checked_samples=check.samples if check else 0,
-            trained_correct=check.trained_correct if check else 0,
+            attacked_correct=check.attacked_correct if check else 0,
             pgd_correct=check.pgd_correct if check else 0,
         )
         state = self._team.average_state(self.replica.state_vector(own.to_vector()))
@@ -313,16 +313,18 @@ class Trainer:
                 self._recorder.save_best(round_)
 
     def _check(
-        self, round_: int, model: torch.nn.Module, batch: _Batch, perturbed: torch.Tensor
+        self, round_: int, attack: Attack, model: torch.nn.Module, batch: _Batch, perturbed: torch.Tensor
     ) -> OverfittingCheck | None:
         """This process's share of the check for overfitting, if this round is the last of an epoch that has one."""
         if not self._is_due(self.spec.overfitting_check_epochs, round_ + 1):
             return None
-        attack = make_attack(check_attack(self.spec, self._curriculum.attack(round_)))
+        if self.spec.attack.replays > 1:  # what a replay trains on has not been attacked with these parameters
+            perturbed = attack.perturb(model, batch.images, batch.labels, batch.start)
+        pgd = make_attack(check_attack(self.spec, self._curriculum.attack(round_)))
         whole = batch.images.new_zeros((self.spec.data.batch_per_worker, *batch.images.shape[1:]))
         whole[self._team.part] = batch.images
-        start = attack.start(whole, self._generator(round_, Purpose.OVERFITTING))[self._team.part]
-        return check_overfitting(model, batch.images, perturbed, batch.labels, attack, start)
+        start = pgd.start(whole, self._generator(round_, Purpose.OVERFITTING))[self._team.part]
+        return check_overfitting(model, batch.images, perturbed, batch.labels, pgd, start)
 
     def _heed(self, check: OverfittingCheck) -> None:
         """Tells the outcome of a check, and remembers it if the training is to end."""

@@ -102,7 +102,7 @@ def test_rounds_add_up_bytes_of_all_workers_and_seconds_of_one() -> None:
 
 
 def test_a_warning_of_overfitting_is_shown_and_where_it_ended_the_training_so_is_the_end() -> None:
-    text = "round 20: catastrophic overfitting, accuracy on 256 training images 0.010 under PGD-10, 0.970 as trained on"
+    text = "round 20: catastrophic overfitting, accuracy on 256 training images 0.010 under PGD-10, 0.970 attacked"
     view = seen([*STARTED, *ADMITTED, {"event": "overfitting", "process": "worker-1", "round": 20, "text": text}])
     assert view.message == text
     assert "catastrophic overfitting" in text_of(render(view))

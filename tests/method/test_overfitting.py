@@ -36,7 +36,7 @@ def test_a_model_that_is_right_only_where_one_step_ends_is_found_out() -> None:
     images, labels = torch.full((64, 1, 1, 1), 0.51), torch.zeros(64, dtype=torch.int64)
     one_step = fgsm(0.2).model_copy(update={"random_start": False})
     check = check_of(Overfitted().eval(), images, labels, one_step)
-    assert check.trained_accuracy == 1
+    assert check.attacked_accuracy == 1
     assert check.pgd_accuracy < 0.1
     assert check.overfits(0.5)
 
@@ -45,7 +45,7 @@ def test_a_model_trained_with_random_starts_on_digits_is_not(trained_model: nn.M
     indices = torch.arange(256)
     check = check_of(trained_model, digits.train.images(indices), digits.train.labels[indices], fgsm(0.15))
     assert check.samples == 256
-    assert 0.6 * check.trained_accuracy < check.pgd_accuracy < check.trained_accuracy
+    assert 0.6 * check.attacked_accuracy < check.pgd_accuracy < check.attacked_accuracy
     assert not check.overfits(0.5)
 
 
@@ -56,7 +56,7 @@ def test_a_model_trained_with_random_starts_on_digits_is_not(trained_model: nn.M
 def test_it_overfits_where_the_accuracy_under_pgd_is_below_the_ratio(
     trained: int, pgd: int, ratio: float, expected: bool
 ) -> None:
-    assert OverfittingCheck(samples=100, trained_correct=trained, pgd_correct=pgd).overfits(ratio) is expected
+    assert OverfittingCheck(samples=100, attacked_correct=trained, pgd_correct=pgd).overfits(ratio) is expected
 
 
 def test_the_check_attacks_in_the_ball_that_the_round_trains_in() -> None:
@@ -81,5 +81,5 @@ def test_counts_are_those_of_eval_mode_and_the_model_is_left_as_it_was() -> None
     expected = [
         int((model(x).argmax(1) == labels).sum()) for x in (perturbed, pgd.perturb(model, images, labels, start))
     ]
-    assert [check.trained_correct, check.pgd_correct] == expected
+    assert [check.attacked_correct, check.pgd_correct] == expected
     assert check.in_words(10).startswith("accuracy on 16 training images 0.")

@@ -31,7 +31,7 @@ def test_where_overfitting_ends_a_training_it_is_complete_and_its_result_says_wh
     assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == rounds
     checks = [event for event in events if event["event"] == "overfitting_check"]
     assert [event["round"] for event in checks] == list(range(11, rounds + 1, 11))
-    assert checks[-1]["pgd_accuracy"] < checks[-1]["trained_accuracy"]
+    assert checks[-1]["pgd_accuracy"] < checks[-1]["attacked_accuracy"]
     assert evaluate_model(str(tmp_path))["robust_accuracy"] == result["robust_accuracy"]
 
 

@@ -274,10 +274,20 @@ def test_the_check_adds_up_all_workers_and_changes_no_parameter() -> None:
     assert [round_ for round_, *_ in recordings[0].checks] == [2, 4]
     assert [check.samples for _, check, *_ in recordings[0].checks] == [600, 600]
     assert all(recording.checks == recordings[0].checks for recording in recordings)
-    assert 0 < recordings[0].checks[1][1].pgd_correct <= recordings[0].checks[1][1].trained_correct
+    assert 0 < recordings[0].checks[1][1].pgd_correct <= recordings[0].checks[1][1].attacked_correct
     without = train_local(job(*settings, "overfitting.check_every_epochs=0"), [2, 1], 4)
     assert without[0][0].recording.checks == []
     assert without[0][0].replica_digest == checked[0][0].replica_digest
+
+
+def test_the_check_of_a_free_training_attacks_with_the_parameters_of_its_round() -> None:
+    """An epoch ends with the first replay of a batch, which trains on images that no gradient has moved."""
+    settings = ("workers=1", *SMALL, *FREE, "data.batch_per_worker=200", "optimizer.learning_rate=0.05")
+    ((share,),) = train_local(job(*settings, "schedule.epochs=4"), [1], 28)
+    round_, check, *_ = share.recording.checks[3]
+    assert round_ == 28
+    assert check.attacked_accuracy < share.recording.reports[27].train_accuracy - 0.1
+    assert check.pgd_correct <= check.attacked_correct
 
 
 def test_overfitting_ends_the_training_of_all_workers_in_the_same_round_with_the_state_saved() -> None:
@@ -286,7 +296,7 @@ def test_overfitting_ends_the_training_of_all_workers_in_the_same_round_with_the
     spec = job(*settings, "overfitting.least_ratio=1", "overfitting.stop=true", "optimizer.learning_rate=0.05")
     recordings = [share.recording for shares in train_local(spec, [1, 1], 100) for share in shares]
     *before, (round_, check, overfits, ends) = recordings[0].checks
-    assert (overfits, ends, check.pgd_correct < check.trained_correct) == (True, True, True)
+    assert (overfits, ends, check.pgd_correct < check.attacked_correct) == (True, True, True)
     assert all(not ends for *_, ends in before)
     assert [recording.saved for recording in recordings] == [[round_]] * 2
     assert [len(recording.reports) for recording in recordings] == [round_] * 2
