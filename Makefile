@@ -9,7 +9,7 @@ GENERATED := common/wire/v1/ps_pb2.py common/wire/v1/ps_pb2.pyi
 GRPCIO_TOOLS := 1.76.0
 
 STRICT := common ps/rounds.py ps/membership.py ps/reduce.py worker/session.py worker/attacks.py worker/objectives.py \
-  worker/schedules.py worker/optimizers
+  worker/schedules.py worker/optimizers bench/theory
 PLAIN := ps worker deploy bench
 
 # The first Python here that is new enough; `make PYTHON=/path/to/python ...` names another one.
