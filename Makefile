@@ -10,7 +10,7 @@ GRPCIO_TOOLS := 1.76.0
 
 STRICT := common ps/rounds.py ps/membership.py ps/reduce.py worker/session.py worker/attacks.py worker/objectives.py \
   worker/schedules.py worker/optimizers worker/certification.py worker/judging/requests.py worker/judging/restarts.py \
-  worker/judging/verdicts.py
+  worker/judging/verdicts.py bench/theory
 PLAIN := ps worker deploy bench
 
 # The first Python here that is new enough; `make PYTHON=/path/to/python ...` names another one.

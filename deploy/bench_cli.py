@@ -300,6 +300,48 @@ def predict_(
         _show(run_predict(measured, rates, question, _say), print_predict, as_json)
 
 
+@bench_app.command()
+def theory(
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    lamb: Annotated[
+        str, typer.Option(help="theorem (what Theorem 2 speaks of) or defaults (the job spec's, without a bound).")
+    ] = "theorem",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Sweep by name, e.g. workers; may be repeated.", show_default=False)
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two points of each sweep, few rounds: seconds.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the sweeps into this file.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="That share the work; as many as cores if absent.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Theorems 1 and 2 on a problem in closed form: measured exponents beside theirs, and the bound of each point."""
+    with errors(as_json, "bench"):
+        from bench.theory.laboratory import TheoryPlan, cores, parse_seeds, print_theory, run_theory
+        from bench.theory.plot import draw, refuse_unless_drawable
+        from bench.theory.sweeps import LambVariant
+
+        if lamb not in tuple(LambVariant):
+            raise SpecError(refusal(f"one of {', '.join(LambVariant)}", "lamb", lamb))
+        plan = TheoryPlan(
+            seeds=parse_seeds(seeds),
+            lamb=LambVariant(lamb),
+            only=tuple(only or ()),
+            smoke=smoke,
+            processes=processes or (1 if smoke else cores()),
+        )
+        if plot is not None:
+            refuse_unless_drawable(plot)
+        result = run_theory(plan, _say)
+        if plot is not None:
+            draw(plot, result)
+        _show(result, print_theory, as_json)
+
+
 def _one_setting(workers: int, topology: str, codec: str, rate: str, settings: list[str]) -> Setting:
     from bench.settings import parse_rate, parse_topology, plan_settings
     from bench.tensors import elements_of

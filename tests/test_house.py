@@ -67,6 +67,12 @@ PURE_PATTERNS = (
     "worker/optimizers/*.py",
     "deploy/supervision.py",
     "deploy/progress.py",
+    "bench/theory/problem.py",
+    "bench/theory/bound.py",
+    "bench/theory/algorithm.py",
+    "bench/theory/points.py",
+    "bench/theory/sweeps.py",
+    "bench/theory/fit.py",
 )
 """Modules without I/O, clock, global random state, threads, environment or logging; all they import of ours is pure."""
 
