@@ -90,7 +90,10 @@ def save_pseudo_labels(path: Path, content: PseudoLabels) -> None:
     header = {name: json.dumps(value) for name, value in said.items() if value is not None}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode
         save_file(tensors, temporary, {"layout": content.layout, **header})
+        temporary.chmod(usual_mode)  # safetensors lets nobody else read what it writes
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(refusal("a folder with room to write", "path", path, str(error))) from None

@@ -80,6 +80,11 @@ def test_a_file_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_others_may_read_a_file_as_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    assert saved(tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_the_digest_is_that_of_the_content_whatever_layout_and_header() -> None:
     images = torch.randint(256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     first = content(images=images)
