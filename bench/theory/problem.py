@@ -8,8 +8,8 @@ A sample x = (z, c) has a tilt z in R^d and a shift c in R^n. With theta in R^d 
 to be maximized over |delta_k| <= epsilon; lambda of equation (2) is 0. For every sample the maximum is at
 delta*_k = clip(w_k / mu_k, -epsilon, epsilon), and its gradient is that of phi there (Danskin's theorem, (A39)).
 
-The tilts of all samples cancel, and so do their shifts but for -A sin(b) + offset: there is one sample with the opposite
-deviation for each. Hence Psi of (A9) has a lower bound in closed form, and with offset 0 its minimum is at b.
+The tilts of all samples cancel, and so do their shifts but for -A sin(b) + offset: for each sample there is one with
+the opposite deviation. Hence Psi of (A9) has a lower bound in closed form, and with offset 0 its minimum is at b.
 
 Source: our own; `docs/theory.md` has the proofs.
 """
@@ -47,8 +47,8 @@ class ProblemSpec:
         skew: z is a power of a uniform number, centred: 1 is symmetric; with more, many samples pull a little one way
             and a few pull much the other way.
         shift: c deviates from its mean by a uniform number in [-shift, shift].
-        offset: the mean of c over all samples is -A sin(b) plus this; other than 0 it makes perturbations at the minimum
-            point one way.
+        offset: the mean of c over all samples is -A sin(b) plus this; other than 0 it makes perturbations at the
+            minimum point one way.
         coupling: the l2 norm of A.
         epsilon: radius of the l-infinity ball.
         concavity: mu, the smallest mu_k; the others go up to `condition` times that.

@@ -15,12 +15,12 @@ from common.config import JobSpec
 from tests.processes.test_worker_in_thread import FAST, TRAINING_S, error_of, image_folder, work
 from tests.support import DEADLINE_S, job, running_server
 from worker.checkpoint import find_checkpoint, load_checkpoint
+from worker.judging.evaluation import evaluate_model
 from worker.labeling import HELD_BACK, pseudo_label
 from worker.local.member import build
 from worker.local.processes import Order, built
 from worker.local_files import sha256_of
 from worker.pseudo_labels import load_pseudo_labels, save_pseudo_labels
-from worker.judging.evaluation import evaluate_model
 
 SMALL = ("model.width=4", "data.batch_per_worker=40", "schedule.epochs=2", *FAST)
 MIXED = ("data.labeled=60", "data.unlabeled_fraction=0.5", *SMALL)
