@@ -14,9 +14,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from common.errors import DatpsError, SpecError, StorageError, refusal
+from common.errors import SpecError, StorageError, refusal
 from worker.certification import Certificate, CertificationSettings, certify
-from worker.evaluation import eval_mode
 from worker.record import describe_data
 from worker.trained import TrainedModel
 
@@ -188,7 +187,6 @@ def certify_samples(
     """
     samples = list(file.samples[: len(indices)]) if file else []
     test = model.dataset.test
-    _refuse_unfit(model)
     for index in indices[len(samples) :]:
         begun_s = time.monotonic()
         image = test.images(torch.tensor([index]))[0].to(model.device)
@@ -235,21 +233,6 @@ def certified_curve(samples: Sequence[CertifiedSample]) -> tuple[list[float], li
     reached = sorted(sample.certificate.radius for sample in samples if sample.correct)
     radii = [0.0, *reached]
     return radii, [sum(radius >= each for radius in reached) / len(samples) for each in radii]
-
-
-def _refuse_unfit(model: TrainedModel) -> None:
-    """Tries a module of somebody else on two images before hours are spent."""
-    if model.checkpoint:
-        return
-    images = model.dataset.test.images(torch.arange(2)).to(model.device)
-    try:
-        with eval_mode(model.module), torch.no_grad():
-            model.module(images)
-    except DatpsError:
-        raise
-    except Exception as error:  # somebody else's module may raise anything
-        rule = f"a model of images {list(images.shape[1:])} of {model.dataset.name}"
-        raise SpecError(refusal(rule, "model", model.name, f"{type(error).__name__}: {error}")) from error
 
 
 def _described(path: Path, lines: Sequence[str]) -> dict[str, Any]:

@@ -194,5 +194,5 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(monkeypatch: py
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    with pytest.raises(SpecError, match=r"expected matplotlib.*pip install 'datps\[plot\]'.*got plot=a.png"):
+    with pytest.raises(SpecError, match=r"expected matplotlib.*pip install 'datps\[report\]'.*got plot=a.png"):
         deploy.certified_plot.refuse_unless_drawable(Path("a.png"))

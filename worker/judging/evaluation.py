@@ -19,7 +19,7 @@ from worker.judging import autoattack
 from worker.judging.folder import Folder
 from worker.judging.judge import Judge, Order, model_digest
 from worker.judging.processes import Processes
-from worker.judging.requests import Name, make_plan, parse_attack, parse_sweep
+from worker.judging.requests import Name, Request, make_plan, parse_attack, parse_sweep
 from worker.judging.run import Judging, Run, Unwatched, Watcher
 from worker.local.devices import parse_devices
 from worker.randomness import Purpose, stream_generator
@@ -63,22 +63,14 @@ def evaluate_model(
         JudgeProcessError: one of several processes has failed.
     """
     parsed, swept = [parse_attack(text) for text in attacks], [parse_sweep(text) for text in sweeps]
-    several = parse_devices(devices) if devices else ()
-    if len(several) == 1:
-        device, several = several[0], ()
-    sources: dict[str, Any] = {
-        "weights": weights,
-        "settings": (*settings, *([] if batch is None else [f"evaluation.batch={batch}"])),
-        "data": data,
-        "environment": {n: text for n, text in (environment or {}).items() if n.startswith(ENVIRONMENT_PREFIX)},
-        "reserved": reserved,
-    }
+    device, several = _places(device, devices)
+    batches = () if batch is None else (f"evaluation.batch={batch}",)
+    ours = {name: text for name, text in (environment or {}).items() if name.startswith(ENVIRONMENT_PREFIX)}
+    sources: dict[str, Any] = {"weights": weights, "settings": (*settings, *batches), "data": data}
+    sources |= {"environment": ours, "reserved": reserved}
     opened = open_model(model, device="cpu" if several else device, threads=threads, **sources)
-    refuse_unfit_logits(opened)
     plan = make_plan(parsed, swept, opened.spec)
-    for request in plan.requests:
-        if request.name is Name.AUTOATTACK:
-            autoattack.refuse_unfit(len(opened.dataset.classes), request)
+    _refuse_unfit(opened, plan.requests)
     order = Order(
         model=model,
         **sources,
@@ -92,10 +84,21 @@ def evaluate_model(
     run = Run(opened=opened, order=order, plan=plan, watcher=watcher or Unwatched(), folder=folder)
     with _judging(opened, order, several) as judging:
         run.judge(judging)
-    result = run.result(several or (str(opened.device),))
-    if folder:
-        folder.write(result, run.table())
-    return result
+    return run.conclude(several or (str(opened.device),))
+
+
+def _places(device: str, devices: str | None) -> tuple[str, tuple[str, ...]]:
+    """This process's device, and those of several processes, if there are to be several."""
+    several = parse_devices(devices) if devices else ()
+    return (several[0], ()) if len(several) == 1 else (device, several)
+
+
+def _refuse_unfit(opened: TrainedModel, requests: Sequence[Request]) -> None:
+    """Looks whether the attacks can use the model, before any of them runs."""
+    refuse_unfit_logits(opened)
+    for request in requests:
+        if request.name is Name.AUTOATTACK:
+            autoattack.refuse_unfit(len(opened.dataset.classes), request)
 
 
 def choose(dataset: Dataset, limit: int | None, seed: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ Which process judges a unit changes nothing of its verdict, on like hardware: ba
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -46,6 +47,11 @@ class _Process:
         with _interrupts_blocked():
             self._process.start()
         theirs.close()
+
+    def tell(self, unit: Unit) -> None:
+        """Hands it a unit; if it has died meanwhile, `hear` says so."""
+        with contextlib.suppress(OSError):
+            self.connection.send(unit)
 
     def hear(self) -> tuple[Any, ...]:
         """Its next message.
@@ -109,7 +115,7 @@ class Processes:
         busy: dict[Any, _Process] = {}
         for process in self._processes:
             if waiting:
-                process.connection.send(waiting.popleft())
+                process.tell(waiting.popleft())
                 busy[process.connection] = process
         while busy:
             for ready in connection.wait(list(busy)):
@@ -119,7 +125,7 @@ class Processes:
                         begins(unit, stage)
                     case ("judged", unit, verdict):
                         if waiting:
-                            process.connection.send(waiting.popleft())
+                            process.tell(waiting.popleft())
                         else:
                             del busy[ready]
                         yield unit, verdict

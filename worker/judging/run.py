@@ -90,6 +90,13 @@ class Run:
         worst = None if self.plan.sweeps else self._worst(self.plan.attacks)
         return table(self.order.indices, self.labels, self.clean, attacks, worst=worst)
 
+    def conclude(self, devices: tuple[str, ...]) -> dict[str, Any]:
+        """The result, JSON-able; it is kept if there is a folder."""
+        result = self.result(devices)
+        if self.folder:
+            self.folder.write(result, self.table())
+        return result
+
     def result(self, devices: tuple[str, ...]) -> dict[str, Any]:
         """The result, JSON-able."""
         spec, checkpoint, attacks = self.opened.spec, self.opened.checkpoint, self.plan.attacks
