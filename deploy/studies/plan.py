@@ -196,6 +196,7 @@ def _run(
     candidate: tuple[tuple[str, Value], ...] | None,
 ) -> Run:
     settings = {**study.settings, **row.settings, **dict(point), **dict(candidate or ())}
+    of_seed = seed if candidate is None else study.seeds[0]  # the other row is not trained with the seed that tunes
     return Run(
         row=row_name(row.name, point),
         base=row.name,
@@ -204,8 +205,8 @@ def _run(
         recipe=row.recipe or study.recipe,
         settings=(*_assignments(settings), f"seed={seed}"),
         folder=_folder(row.name, point, seed, candidate),
-        init=None if row.init is None else _folder(row.init, point, seed, None),
-        unlabeled=None if row.unlabeled is None else _folder(row.unlabeled, point, seed, None),
+        init=None if row.init is None else _folder(row.init, point, of_seed, None),
+        unlabeled=None if row.unlabeled is None else _folder(row.unlabeled, point, of_seed, None),
         candidate=candidate,
     )
 

@@ -161,6 +161,15 @@ def test_rows_start_from_models_that_earlier_rows_have_trained(tmp_path: Path) -
     assert training[training.index("--unlabeled") + 1] == labels
 
 
+def test_tuning_starts_from_the_model_of_the_first_seed() -> None:
+    more = "settings: {codec.bits: 4}, init: 32 bits, tune: {optimizer.learning_rate: [0.01, 0.04]}"
+    planned = list(runs_of(read_study(TWO_ROWS.replace("settings: {codec.bits: 4}", more), "two.yaml")))
+    assert [(run.seed, run.init) for run in planned[2:]] == [
+        *((1000, "32-bits/seed-0"), (1000, "32-bits/seed-0")),
+        *((0, "32-bits/seed-0"), (1, "32-bits/seed-1")),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
