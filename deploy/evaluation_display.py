@@ -9,8 +9,15 @@ from typing import Any, Self
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as RemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +39,7 @@ class EvaluationProgress:
             MofNCompleteColumn(),
             TextColumn("batches"),
             TimeElapsedColumn(),
-            RemainingColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
@@ -83,24 +90,20 @@ def print_evaluation(result: Mapping[str, Any], *, plain: bool) -> None:
 
 
 def _attacks(result: Mapping[str, Any]) -> Table:
+    """AutoAttack with its course; the course of restarts is in the JSON only."""
     attacks: Sequence[Mapping[str, Any]] = result["attacks"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attack")
-    for name in ("robust accuracy (RA)", "right", "of them clean right", "greatest distance", "time"):
-        table.add_column(name, justify="right")
+    table.add_column("attack", overflow="fold")
+    for name in ("robust accuracy (RA)", "right", "also when clean", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for attack in attacks:
-        far = attack["greatest_distance"]
-        table.add_row(
-            escape(attack["attack"]),
-            *_counts(attack),
-            "-" if far is None else f"{far:.4g} ({attack['parameters']['norm']})",
-            f"{attack['seconds']:.1f} s",
-        )
-        for stage, accuracy in attack.get("after", {}).items():
-            table.add_row(f"  after {stage}", _percent(accuracy), style="bright_black")
+        table.add_row(escape(attack["attack"]), *_counts(attack), f"{attack['seconds']:.1f} s")
+        if attack["parameters"]["name"] == "autoattack":
+            for stage, accuracy in attack["after"].items():
+                table.add_row(f"  after {stage}", _percent(accuracy), style="bright_black")
     if len(attacks) > 1:
         table.add_section()
-        table.add_row("worst case of all", *_counts(result), "", "")
+        table.add_row("worst case", *_counts(result))
     return table
 
 

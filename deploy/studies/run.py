@@ -248,7 +248,8 @@ def _only(line: Line, columns: Sequence[str]) -> Line:
 
 
 def _validation(result: Mapping[str, Any]) -> Figures:
-    return {CHOSEN_BY: float(result[CHOSEN_BY])} if CHOSEN_BY in result else {}
+    best = result.get("best") or {}
+    return {CHOSEN_BY: float(best[CHOSEN_BY])} if CHOSEN_BY in best else {}
 
 
 def _best(tuning: Mapping[Any, Figures]) -> tuple[tuple[str, Value], ...]:

@@ -190,6 +190,16 @@ def test_an_interrupted_evaluation_goes_on_batch_by_batch(module_name: str, tmp_
     assert {unit.attack for unit in judged} == {None}
 
 
+def test_a_part_of_another_format_is_done_again(module_name: str, tmp_path: Path, judged: list[Unit]) -> None:
+    options: dict[str, Any] = {"settings": JOB, "attacks": ["fgsm"], "out": tmp_path / "out"}
+    first = evaluate_model(f"{module_name}:linear", **options)
+    (part,) = (tmp_path / "out/parts").glob("fgsm-*.jsonl")
+    part.write_text(part.read_text().replace('"format": 1', '"format": 0'))
+    judged.clear()
+    assert evaluate_model(f"{module_name}:linear", **options)["robust_correct"] == first["robust_correct"]
+    assert len(judged) == 8
+
+
 def test_a_folder_of_another_model_or_of_something_else_is_refused(module_name: str, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     evaluate_model(f"{module_name}:linear", settings=JOB, attacks=["fgsm"], out=out)
