@@ -24,8 +24,18 @@ class Samples(Protocol):
     def labels(self) -> Tensor:
         """int64 [N], class numbers."""
 
+    @property
+    def nbytes(self) -> int | None:
+        """What the pixels take where they are held in memory; None where they stay in files."""
+
+    def on(self, device: torch.device) -> Samples:
+        """These samples, if held in memory, with their pixels on a device; their `images` are there too."""
+
     def images(self, indices: Tensor) -> Tensor:
-        """float32 [len(indices), C, H, W] in [0, 1], on the CPU; the caller may change them."""
+        """float32 [len(indices), C, H, W] in [0, 1], on the CPU unless it says otherwise; the caller may change them.
+
+        `indices` are int64 on the CPU, like the labels.
+        """
 
 
 @runtime_checkable
@@ -47,6 +57,8 @@ class TensorSamples:
         self._pixels = pixels_NCHW
         self._labels = labels.to(torch.int64)
         self._maximum = maximum
+        # A number on the CPU would make a GPU multiply by its reciprocal, which rounds otherwise.
+        self._divisor = torch.tensor(maximum, dtype=torch.float32, device=pixels_NCHW.device)
 
     @property
     def labels(self) -> Tensor:
@@ -56,11 +68,18 @@ class TensorSamples:
     def maximum(self) -> int:
         return self._maximum
 
+    @property
+    def nbytes(self) -> int | None:
+        return self._pixels.nbytes
+
+    def on(self, device: torch.device) -> TensorSamples:
+        return TensorSamples(self._pixels.to(device), self._labels, maximum=self._maximum)
+
     def images(self, indices: Tensor) -> Tensor:
-        return self._pixels[indices].to(torch.float32).div_(self._maximum)
+        return self.pixels(indices).to(torch.float32).div_(self._divisor)
 
     def pixels(self, indices: Tensor) -> Tensor:
-        return self._pixels[indices]
+        return self._pixels[indices.to(self._pixels.device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,16 +215,6 @@ class BatchPlan:
 def _permutation(samples: int, seed: int, purpose: Purpose, *counters: int) -> Tensor:
     """The permutation of one stream; the cache spares a round the shuffling of the whole epoch."""
     return torch.randperm(samples, generator=stream_generator(seed, purpose, *counters))
-
-
-def part_of_images(samples: Samples, indices: Tensor, part: slice) -> Tensor:
-    """A batch of which only one part is read: float32 [len(indices), C, H, W], the rest of it zeros."""
-    own = samples.images(indices[part])
-    if len(own) == len(indices):
-        return own
-    images = own.new_zeros(len(indices), *own.shape[1:])
-    images[part] = own
-    return images
 
 
 def augment(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:

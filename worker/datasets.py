@@ -210,6 +210,13 @@ class ImageFiles:
     def maximum(self) -> int:
         return 255
 
+    @property
+    def nbytes(self) -> int | None:
+        return None
+
+    def on(self, device: torch.device) -> ImageFiles:
+        raise AssertionError(f"images in files cannot be held on {device}")
+
     def images(self, indices: Tensor) -> Tensor:
         return self.pixels(indices).to(torch.float32).div_(255)
 

@@ -31,6 +31,13 @@ class Subset:
     def maximum(self) -> int:
         return self._samples.maximum
 
+    @property
+    def nbytes(self) -> int | None:
+        return self._samples.nbytes
+
+    def on(self, device: torch.device) -> Subset:
+        return Subset(with_pixels(self._samples.on(device)), self._indices, self._labels)
+
     def images(self, indices: Tensor) -> Tensor:
         return self._samples.images(self._indices[indices])
 
@@ -50,13 +57,20 @@ class Joined:
     def labels(self) -> Tensor:
         return self._labels
 
+    @property
+    def nbytes(self) -> int | None:
+        first, second = self._first.nbytes, self._second.nbytes
+        return None if first is None or second is None else first + second
+
+    def on(self, device: torch.device) -> Joined:
+        return Joined(self._first.on(device), self._second.on(device))
+
     def images(self, indices: Tensor) -> Tensor:
         of_second = indices >= self._start
         first = self._first.images(indices[~of_second])
-        images = first.new_empty(len(indices), *first.shape[1:])
-        images[~of_second] = first
-        images[of_second] = self._second.images(indices[of_second] - self._start)
-        return images
+        second = self._second.images(indices[of_second] - self._start)
+        order = torch.cat([(~of_second).nonzero(), of_second.nonzero()]).squeeze(1)  # where each of them belongs
+        return torch.cat([first, second])[order.argsort().to(first.device)]
 
 
 def of_classes(dataset: Dataset, spec: DataSpec) -> Dataset:

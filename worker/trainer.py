@@ -15,10 +15,11 @@ from common.timeline import OFF, Timeline
 from worker.attacks import Attack, make_attack
 from worker.computing import computing
 from worker.curriculum import Curriculum
-from worker.data import BatchPlan, Dataset, augment, part_of_images
+from worker.data import BatchPlan, Dataset, augment
 from worker.evaluation import Evaluation, evaluate
 from worker.exchange.base import Exchange, Traffic
 from worker.exchange.gradients import gradient_memory
+from worker.feeding import Feed
 from worker.local.team import Alone, Team
 from worker.metrics import RoundMetrics
 from worker.objectives import LocalCost, local_cost
@@ -142,6 +143,13 @@ class Trainer:
         self.round = first_round
         self._dataset = dataset
         self._plan = plan
+        self._feed = Feed(
+            dataset.train,
+            lambda number: plan.indices(number, worker_index),
+            part=self._team.part,
+            device=device,
+            batches=-(-self.rounds // spec.attack.replays),
+        )
         self._worker_index = worker_index
         self._exchange = exchange
         self._device = device
@@ -165,6 +173,12 @@ class Trainer:
         With replays it stops after the last round of a batch: what is kept between the others is in no checkpoint.
         """
         self.replica.model.train()
+        try:
+            return self._run()
+        finally:
+            self._feed.close()
+
+    def _run(self) -> bool:
         while not self.is_complete:
             metrics = self._one_round(self.round)
             self.round += 1
@@ -235,16 +249,15 @@ class Trainer:
         has it.
         """
         number, part = self._replays.batch(round_), self._team.part
-        indices = self._plan.indices(number, self._worker_index)
-        images = part_of_images(self._dataset.train, indices, part).to(self._device)
-        labels = self._dataset.train.labels[indices[part]].to(self._device)
+        fed = self._feed.batch(number)
+        images = fed.images
         if self.spec.data.augment:
             images = augment(images, self._generator(number, Purpose.AUGMENTATION))
         start = attack.start(images, self._generator(number, Purpose.ATTACK))
         owner = None if self.spec.data.split is Split.SHARED else self._worker_index
-        generators = noise_generators(self.spec.seed, number, indices[part].tolist(), owner, self._device)
+        generators = noise_generators(self.spec.seed, number, fed.indices[part].tolist(), owner, self._device)
         noise = draw_noise(self.spec.smoothing, images[part], generators)
-        return _Batch(images=images[part], labels=labels, start=start[part], noise=noise)
+        return _Batch(images=images[part], labels=fed.labels, start=start[part], noise=noise)
 
     def _compute_gradient(self, round_: int, batch: _Batch, perturbed: torch.Tensor) -> LocalCost:
         """Forward and backward; a process that is alone pushes each bucket as soon as backward has finished it."""

@@ -11,7 +11,7 @@
       - {row: 8 bits, of: robust_accuracy, at_least: 32 bits, within: spread}
 
 A run is a row with a seed. `grid` multiplies the rows by values of further keys. A row that has `tune` first trains
-every combination of those values with `tune_seed`, judged on the validation split, and its seeds use the best one.
+every combination of those values with each of `tune_seeds`, and its seeds use what is best on the validation split.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class StudySpec(Section):
     settings: Settings = Field(default={})
     """Keys of the job spec, dotted, of all runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    tune_seed: int = 1000
-    """Seed of the runs that tune, which are in no table."""
+    tune_seeds: tuple[int, ...] = (1000, 1001, 1002)
+    """Seeds of the runs that tune, which are in no table; the mean over them decides."""
     grid: dict[str, list[Value]] = Field(default={})
     """Values by key: every row is run with every combination."""
     rows: tuple[RowSpec, ...] = Field(min_length=1)
@@ -104,6 +104,8 @@ class StudySpec(Section):
             raise ValueError(refusal("unique names", "rows", names))
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise ValueError(refusal("different seeds, at least one", "seeds", list(self.seeds)))
+        if len(set(self.tune_seeds)) < len(self.tune_seeds) or not self.tune_seeds:
+            raise ValueError(refusal("different seeds, at least one", "tune_seeds", list(self.tune_seeds)))
         earlier: set[str] = set()
         for row in self.rows:
             for other in (row.init, row.unlabeled):
@@ -178,9 +180,11 @@ def runs_of(study: StudySpec) -> Iterator[Run]:
     for row in study.rows:
         for point in _points(study.grid):
             for candidate in _points(row.tune) if row.tune else ():
-                yield _run(study, row, point, study.tune_seed, candidate)
+                for number, seed in enumerate(study.tune_seeds):
+                    of_seed = study.seeds[number % len(study.seeds)]  # other rows are not trained with seeds that tune
+                    yield _run(study, row, point, seed, candidate, of_seed)
             for seed in study.seeds:
-                yield _run(study, row, point, seed, None)
+                yield _run(study, row, point, seed, None, seed)
 
 
 def row_name(base: str, point: Sequence[tuple[str, Value]]) -> str:
@@ -194,9 +198,10 @@ def _run(
     point: tuple[tuple[str, Value], ...],
     seed: int,
     candidate: tuple[tuple[str, Value], ...] | None,
+    of_seed: int,
 ) -> Run:
+    """`of_seed`: seed of the other rows' models that it needs."""
     settings = {**study.settings, **row.settings, **dict(point), **dict(candidate or ())}
-    of_seed = seed if candidate is None else study.seeds[0]  # the other row is not trained with the seed that tunes
     return Run(
         row=row_name(row.name, point),
         base=row.name,

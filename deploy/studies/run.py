@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +20,7 @@ from typing import Any, Protocol
 from common.errors import DatpsError, SpecError, refusal
 from common.spec_sources import ENVIRONMENT_PREFIX, differences
 from deploy import runs
+from deploy.leash import leashed
 from deploy.report.collect import read_certificates
 from deploy.report.paper import RADII
 from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_of
@@ -69,15 +73,31 @@ class Places:
 
 
 def execute(command: Sequence[str], log: Path) -> int:
-    """See `Execute`; without the `DATPS_*` variables, which would make it another study."""
+    """See `Execute`; without the `DATPS_*` variables, which would make it another study.
+
+    Ctrl-C reaches the command as SIGTERM, and its end is waited for; a second one kills it.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
+        process = subprocess.Popen(
+            leashed(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            process.kill()
 
 
 class Study:
@@ -103,17 +123,23 @@ class Study:
             SpecError: not a study, or the folder holds another one.
         """
         self.spec = read_study(text, name)
+        self._text = text
         self._places = places
         self._execute = run_command
         self._say = say
-        self._claim(text)
+        self._refuse_foreign_folder()
 
     def run(self) -> tuple[list[Line], list[Verdict]]:
         """Does what is not done yet; the table is written after every row.
 
         Raises:
             DatpsError: a command has failed; the message names it and its log.
+            SpecError: another process is at work in the folder.
         """
+        with self._claimed():
+            return self._run()
+
+    def _run(self) -> tuple[list[Line], list[Verdict]]:
         lines: list[Line] = []
         for _, group in itertools.groupby(runs_of(self.spec), key=lambda run: run.row):
             lines.append(self._line(list(group)))
@@ -121,7 +147,10 @@ class Study:
         return lines, verdicts_of(self.spec, lines)
 
     def _line(self, group: Sequence[Run]) -> Line:
-        tuning = {run.candidate: self._figures(run, None) for run in group if run.candidate is not None}
+        tuning: dict[tuple[tuple[str, Value], ...], list[Figures]] = {}
+        for run in group:
+            if run.candidate is not None:
+                tuning.setdefault(run.candidate, []).append(self._figures(run, None))
         chosen = dict(_best(tuning)) if tuning else None
         by_seed = {run.seed: self._figures(run, chosen) for run in group if run.candidate is None}
         first = group[0]
@@ -205,14 +234,30 @@ class Study:
         if status != 0:
             raise DatpsError(f"datps {arguments[0]} ended with {status}; {_last_line(log)} ({log})")
 
-    def _claim(self, text: str) -> None:
-        """The folder is this study's from now on. A changed study may go on in it: runs are compared with jobs."""
-        self._places.folder.mkdir(parents=True, exist_ok=True)
-        foreign = [entry.name for entry in self._places.folder.iterdir()]
-        if foreign and not (self._places.folder / STUDY).is_file():
+    def _refuse_foreign_folder(self) -> None:
+        folder = self._places.folder
+        foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        if foreign and not (folder / STUDY).is_file():
             rule = f"a new or empty folder, or one with {STUDY}"
-            raise SpecError(refusal(rule, "out", self._places.folder, f"it holds {sorted(foreign)[0]}"))
-        (self._places.folder / STUDY).write_text(text)
+            raise SpecError(refusal(rule, "out", folder, f"it holds {foreign[0]}"))
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The folder is this study's, and meanwhile no other process's.
+
+        A changed study may go on in it: runs are compared with jobs.
+        """
+        self._places.folder.mkdir(parents=True, exist_ok=True)
+        with (self._places.folder / STUDY).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rule = "a folder that no other `datps study` is at work in"
+                raise SpecError(refusal(rule, "out", self._places.folder)) from None
+            file.truncate(0)
+            file.write(self._text)
+            file.flush()
+            yield
 
     def _write(self, lines: Sequence[Line]) -> None:
         verdicts = verdicts_of(self.spec, lines)
@@ -252,13 +297,12 @@ def _validation(result: Mapping[str, Any]) -> Figures:
     return {CHOSEN_BY: float(best[CHOSEN_BY])} if CHOSEN_BY in best else {}
 
 
-def _best(tuning: Mapping[Any, Figures]) -> tuple[tuple[str, Value], ...]:
-    """The values whose run did best on the validation split; the first of equals."""
-    for figures in tuning.values():
+def _best(tuning: Mapping[tuple[tuple[str, Value], ...], Sequence[Figures]]) -> tuple[tuple[str, Value], ...]:
+    """The values whose runs did best on the validation split, on average; the first of equals."""
+    for figures in itertools.chain(*tuning.values()):
         if CHOSEN_BY not in figures:
             raise SpecError(refusal("a validation split (data.validation) to tune on", CHOSEN_BY, "none"))
-    best: tuple[tuple[str, Value], ...] = max(tuning, key=lambda candidate: tuning[candidate][CHOSEN_BY])
-    return best
+    return max(tuning, key=lambda candidate: statistics.mean(figures[CHOSEN_BY] for figures in tuning[candidate]))
 
 
 def _empty(folder: Path) -> None:

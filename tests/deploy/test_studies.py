@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +19,7 @@ from common.spec_sources import load_job_spec
 from deploy import runs
 from deploy.recipes import recipe
 from deploy.studies.plan import job_of, read_study, runs_of
-from deploy.studies.run import Places, Study, document_of
+from deploy.studies.run import Places, Study, document_of, execute
 
 TWO_ROWS = """
 title: Two codecs
@@ -139,7 +142,12 @@ def test_tuning_takes_what_is_best_on_the_validation_split_and_uses_it_for_all_s
     text = TWO_ROWS.replace(
         "settings: {codec.bits: 4}}", "settings: {codec.bits: 4}, tune: {optimizer.learning_rate: [0.01, 0.04]}}"
     )
-    tuned = {"4-bits/tune-learning_rate-0.01/seed-1000": 0.5, "4-bits/tune-learning_rate-0.04/seed-1000": 0.6}
+    figures = {"0.01": (0.7, 0.5, 0.5), "0.04": (0.6, 0.6, 0.6)}  # the first seed alone would take the other one
+    tuned = {
+        f"4-bits/tune-learning_rate-{rate}/seed-{1000 + number}": robust
+        for rate, by_seed in figures.items()
+        for number, robust in enumerate(by_seed)
+    }
     machine = Machine(ROBUST | tuned)
     lines, _ = study(text, tmp_path, machine).run()
     assert (lines[1].tuned, lines[1].chosen) == (2, {"optimizer.learning_rate": 0.04})
@@ -161,11 +169,50 @@ def test_rows_start_from_models_that_earlier_rows_have_trained(tmp_path: Path) -
     assert training[training.index("--unlabeled") + 1] == labels
 
 
-def test_tuning_starts_from_the_model_of_the_first_seed() -> None:
+def test_two_processes_never_work_in_one_folder(tmp_path: Path) -> None:
+    class Nested(Machine):
+        """Starts the same study again while its command runs."""
+
+        def __call__(self, command: Sequence[str], log: Path) -> int:
+            with pytest.raises(SpecError, match="expected a folder that no other `datps study` is at work in"):
+                study(TWO_ROWS, tmp_path, Machine(ROBUST)).run()
+            return super().__call__(command, log)
+
+    machine = Nested(ROBUST)
+    study(TWO_ROWS, tmp_path, machine).run()
+    assert len(machine.commands) == 4
+    assert (tmp_path / "study.yaml").read_text() == TWO_ROWS
+
+
+def test_ctrl_c_lets_the_command_end_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """if True:
+        import signal, sys
+        signal.signal(signal.SIGTERM, lambda *_: print("saved") or sys.exit(1))
+        print("ready", flush=True)
+        signal.pause()"""
+    log, wait = tmp_path / "log", subprocess.Popen.wait
+    calls = []
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        calls.append(process)
+        if len(calls) > 1:
+            return wait(process, timeout)
+        while not log.read_text().endswith("ready\n"):
+            os.sched_yield()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute([sys.executable, "-c", code], log)
+    assert log.read_text().endswith("ready\nsaved\n")
+
+
+def test_tuning_takes_models_of_the_seeds_in_turn() -> None:
     more = "settings: {codec.bits: 4}, init: 32 bits, tune: {optimizer.learning_rate: [0.01, 0.04]}"
     planned = list(runs_of(read_study(TWO_ROWS.replace("settings: {codec.bits: 4}", more), "two.yaml")))
     assert [(run.seed, run.init) for run in planned[2:]] == [
-        *((1000, "32-bits/seed-0"), (1000, "32-bits/seed-0")),
+        *((1000, "32-bits/seed-0"), (1001, "32-bits/seed-1"), (1002, "32-bits/seed-0")),
+        *((1000, "32-bits/seed-0"), (1001, "32-bits/seed-1"), (1002, "32-bits/seed-0")),
         *((0, "32-bits/seed-0"), (1, "32-bits/seed-1")),
     ]
 
@@ -174,6 +221,7 @@ def test_tuning_starts_from_the_model_of_the_first_seed() -> None:
     ("change", "text"),
     [
         ({"seeds": [1, 1]}, "expected different seeds, at least one, got seeds=[1, 1]"),
+        ({"tune_seeds": []}, "expected different seeds, at least one, got tune_seeds=[]"),
         ({"rows": []}, "got rows=[]"),
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "expected unique names, got rows=['a', 'a']"),
         ({"rows": [{"name": "a", "init": "b"}, {"name": "b"}]}, "expected a row before 'a', got row=b"),

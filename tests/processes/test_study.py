@@ -16,6 +16,7 @@ title: One row, tuned
 recipe: digits-dat-fgsm
 settings: {workers: 1, data.batch_per_worker: 200, data.validation: 0.3, schedule.epochs: 1, schedule.warmup: 0}
 seeds: [0]
+tune_seeds: [1]
 rows:
   - {name: row, tune: {optimizer.learning_rate: [0.0001, 0.03]}}
 """
@@ -24,7 +25,15 @@ rows:
 @pytest.mark.processes
 def test_tuning_chooses_by_the_validation_figures_of_real_runs(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
-    command = [sys.executable, "-m", "deploy.cli", "study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.cli",
+        "study",
+        str(tmp_path / "study.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     ended = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     (line,) = json.loads((tmp_path / "out/study.json").read_text())["lines"]
