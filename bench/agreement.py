@@ -1,0 +1,195 @@
+"""Whether what we say of a trained model is what others say of it, on the same test images.
+
+    python -m bench.agreement RUN ... [--limit N]
+
+Robust accuracy under PGD-20 as `datps evaluate` finds it, beside that of foolbox's attack with the same radius, steps
+and step size, and beside AutoAttack. Of a smoothed model, the certified accuracy as `datps certify` finds it beside that
+of a direct computation: other noise, another function for the confidence bound. Needs the extras `test` and `eval`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from scipy import stats
+from torch import Tensor
+
+from common.errors import SpecError, refusal
+from common.inner_spec import AttackNorm
+from deploy.options import errors
+from deploy.report.paper import RADII
+from worker.certificates import certify_samples, summarize
+from worker.certification import CertificationSettings
+from worker.judging.autoattack import LEAST_CLASSES
+from worker.judging.evaluation import choose, evaluate_model
+from worker.trained import TrainedModel, open_model
+
+STEPS = 20
+WITHIN_POINTS = 1.0
+"""By how much foolbox's robust accuracy may differ, and a certified accuracy from that of the direct computation."""
+N0, N, ALPHA = 100, 1000, 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """One model under attack; accuracies are fractions."""
+
+    name: str
+    samples: int
+    clean: float
+    ours: float
+    foolbox: float
+    autoattack: float | None
+    """None where the data have too few classes for the suite."""
+
+    @property
+    def holds(self) -> bool:
+        near = abs(self.ours - self.foolbox) <= WITHIN_POINTS / 100
+        return near and (self.autoattack is None or self.autoattack <= self.ours)
+
+    def row(self) -> str:
+        """Of the Markdown table."""
+        autoattack = "" if self.autoattack is None else f"{100 * self.autoattack:.1f}"
+        cells = [self.name, str(self.samples), *(f"{100 * each:.1f}" for each in (self.clean, self.ours, self.foolbox))]
+        return _line([*cells, autoattack, "yes" if self.holds else "NO"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certified:
+    """One smoothed model; accuracies are fractions, one for each of `RADII`."""
+
+    name: str
+    samples: int
+    ours: Sequence[float]
+    direct: Sequence[float]
+
+    @property
+    def holds(self) -> bool:
+        return all(abs(a - b) <= WITHIN_POINTS / 100 for a, b in zip(self.ours, self.direct, strict=True))
+
+    def row(self) -> str:
+        """Of the Markdown table."""
+        pairs = [f"{100 * a:.1f} / {100 * b:.1f}" for a, b in zip(self.ours, self.direct, strict=True)]
+        return _line([self.name, str(self.samples), *pairs, "yes" if self.holds else "NO"])
+
+
+def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -> Attacked:
+    """All three accuracies under attack.
+
+    Raises:
+        SpecError: the model was not trained for a ball in the l-infinity norm.
+    """
+    attack = opened.spec.evaluation_attack
+    if attack.norm is not AttackNorm.LINF:
+        raise SpecError(refusal("models of attack.norm=linf", "attack.norm", attack.norm, name))
+    epsilon = attack.epsilon
+    many = len(opened.dataset.classes) >= LEAST_CLASSES
+    ours = f"pgd:{STEPS}"
+    attacks = [ours, "autoattack"] if many else [ours]
+    result = evaluate_model(opened.name, attacks=attacks, limit=limit, threads=threads)
+    accuracies = [float(each["robust_accuracy"]) for each in result["attacks"]]
+    test = opened.dataset.test
+    indices = torch.tensor(choose(opened.dataset, limit, opened.spec.seed))
+    return Attacked(
+        name=name,
+        samples=len(indices),
+        clean=float(result["clean_accuracy"]),
+        ours=accuracies[0],
+        foolbox=foolbox_accuracy(opened, test.images(indices), test.labels[indices], epsilon),
+        autoattack=accuracies[1] if many else None,
+    )
+
+
+def foolbox_accuracy(opened: TrainedModel, images: Tensor, labels: Tensor, epsilon: float) -> float:
+    """Robust accuracy under foolbox's PGD from a random start, with our default step size."""
+    with warnings.catch_warnings():  # of the SciPy names that foolbox imports
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import foolbox
+
+    torch.manual_seed(opened.spec.seed)
+    module = foolbox.PyTorchModel(opened.module, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(steps=STEPS, abs_stepsize=epsilon / 8, random_start=True)
+    _, _, wrong = attack(module, images, labels, epsilons=epsilon)
+    return 1 - float(wrong.float().mean())
+
+
+def certified(name: str, opened: TrainedModel, limit: int | None) -> Certified:
+    """Certified accuracies, ours and those of the direct computation."""
+    spec = opened.spec
+    noise_std = spec.smoothing.noise_std
+    settings = CertificationSettings(noise_std=noise_std, n0=N0, n=N, alpha=ALPHA, seed=spec.seed)
+    indices = choose(opened.dataset, limit, spec.seed)
+    ours = summarize(certify_samples(opened, settings, indices, batch=N, file=None), RADII)["certified"]
+    reached = np.array([direct_radius(opened, index, noise_std) for index in indices])
+    return Certified(
+        name=name,
+        samples=len(indices),
+        ours=[each["accuracy"] for each in ours],
+        direct=[float((reached >= radius).mean()) for radius in RADII],
+    )
+
+
+@torch.no_grad()
+def direct_radius(opened: TrainedModel, index: int, noise_std: float) -> float:
+    """The certified radius of a sample; -1 where the answer is wrong or there is none. Nothing of ours but the model.
+
+    Source: Cohen et al. (2019), CERTIFY, written down as it stands.
+    """
+    image = opened.dataset.test.images(torch.tensor([index])).numpy()
+    random = np.random.default_rng([opened.spec.seed, index])
+
+    def votes(draws: int) -> np.ndarray:
+        noise = random.normal(scale=noise_std, size=(draws, *image.shape[1:]))
+        answers = opened.module(torch.from_numpy((image + noise).astype(np.float32))).argmax(dim=1)
+        return np.bincount(answers.numpy(), minlength=len(opened.dataset.classes))
+
+    selected = int(votes(N0).argmax())
+    count = int(votes(N)[selected])
+    lower = stats.binomtest(count, N, alternative="greater").proportion_ci(1 - ALPHA, method="exact").low
+    if lower <= 0.5 or selected != int(opened.dataset.test.labels[index]):
+        return -1.0
+    return float(noise_std * stats.norm.ppf(lower))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Attacked | Certified]) -> None:
+    if rows:
+        print("\n".join(["", _line(heads), _line(["---"] * len(heads)), *(row.row() for row in rows)]))
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of trained models.")],
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many test images, drawn by the seed.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; small models are fastest with one.")] = 1,
+) -> None:
+    """Ends with 1 where somebody disagrees."""
+    torch.set_num_threads(threads)
+    under_attack, smoothed = [], []
+    with errors(as_json=False, process="agreement"):
+        for folder in runs:
+            opened = open_model(str(folder))
+            name = "/".join(folder.parts[-3:])
+            Console(stderr=True).print(name, markup=False)
+            if opened.spec.smoothing.noise_std > 0:
+                smoothed.append(certified(name, opened, limit))
+            else:
+                under_attack.append(attacked(name, opened, limit, threads))
+    _table(["run", "images", "TA %", f"PGD-{STEPS} %", "foolbox %", "AutoAttack %", "agree"], under_attack)
+    _table(["run", "images", *(f"at {r}, % ours / direct" for r in RADII), "agree"], smoothed)
+    if not all(row.holds for row in (*under_attack, *smoothed)):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
