@@ -73,6 +73,8 @@ def _panel(axes: Axes, row: dict[str, Any]) -> None:
         )
     axes.plot(x, [point["trivial"] for point in points], ":", color="0.4", linewidth=1, label="G²")
     axes.set(xscale="log", yscale="log", xlabel=row["variable"])
+    axes.set_xticks(x, [f"{value:.3g}" for value in x])
+    axes.xaxis.minorticks_off()
     axes.set_title(
         f"{row['name']}: {fit['exponent']:+.2f} ({fit['low']:+.2f} to {fit['high']:+.2f})", fontsize="medium"
     )
