@@ -187,8 +187,8 @@ def test_a_certification_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None
         ("evaluation.json", b"\xff\xfe", "expected a whole evaluation"),
         (
             "evaluation.json",
-            b'{"samples": 3, "attacks": [], "sweeps": [{"key": "steps", "attacks": [], "rows": [{"robust_accuracy": 1}]}'
-            b"]}",
+            b'{"samples": 3, "attacks": [], "sweeps": [{"key": "steps", "attacks": [], "rows": [{"robust_accuracy": 1}'
+            b"]}]}",
             "expected rows with a value",
         ),
         ("certified.tsv", TITLE.encode() + b"0\t1\tone\t0.1\t9\t1\t0.1\n", "expected rows of certificates, got file="),
