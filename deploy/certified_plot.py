@@ -1,10 +1,10 @@
-"""The picture of `datps certify`: certified accuracy against l2 radius. Needs matplotlib, the extra `plot`."""
+"""The picture of `datps certify`: certified accuracy against l2 radius. Needs matplotlib, the extra `report`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import SpecError, StorageError, refusal
 
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 _SIZE_INCHES, _DPI = (6.4, 4.4), 150
 _TITLE_CHARACTERS = 60
+STEPS: Literal["pre"] = "pre"
+"""How matplotlib is to join the points of `outline`: at a radius the accuracy is still that of the step to its left."""
+
+
+def outline(samples: Sequence[CertifiedSample]) -> tuple[list[float], list[float]]:
+    """The points of the staircase of certified accuracy, down to 0 behind the last radius; at least one sample."""
+    from worker.certificates import certified_curve
+
+    radii, accuracies = certified_curve(samples)
+    return [*radii, radii[-1]], [*accuracies, 0.0]
 
 
 def refuse_unless_drawable(path: Path) -> None:
@@ -43,13 +53,10 @@ def draw(path: Path, samples: Sequence[CertifiedSample], settings: Certification
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from worker.certificates import certified_curve
-
-    radii, accuracies = certified_curve(samples)
+    radii, accuracies = outline(samples)
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    # at a radius the accuracy is still that of the step to its left, and behind the last one it is 0
-    axes.step([*radii, radii[-1]], [*accuracies, 0.0], where="pre", label=f"{len(samples)} samples")
+    axes.step(radii, accuracies, where=STEPS, label=f"{len(samples)} samples")
     axes.axvline(settings.maximal_radius, color="0.5", linestyle=":", label=f"greatest radius of n={settings.n}")
     axes.set(xlim=(0, None), ylim=(0, 1.02), xlabel="l2 radius", ylabel="certified accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

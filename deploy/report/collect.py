@@ -11,13 +11,37 @@ from typing import Any
 from common.config import AttackName, CodecName, JobSpec, OptimizerName, Topology
 from common.errors import SpecError, refusal
 from deploy import runs
+from deploy.report.judged import Judged, read_judged
+from deploy.smoke import FIRST
 from worker.certificates import CertifiedSample
 
 ROUNDS, EVALUATIONS, EVALUATION = "rounds.jsonl", "evaluations.jsonl", "evaluation.json"
+TUNING = "tune-"
+"""What the names of a study's folders begin with that hold the runs of its tuning."""
 CERTIFICATES = "# datps certify "
 """What a file of certificates begins with."""
 PHASES = ("attack_s", "compute_s", "communication_s", "evaluation_s")
 """Phases of a round, by their names in rounds.jsonl."""
+_OF_ROUND, _OF_EVALUATION = ("epoch", "round_s", *PHASES), ("epoch", "clean_accuracy", "robust_accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificates:
+    """A file of certificates.
+
+    Attributes:
+        samples: those that are certified so far.
+        planned: how many there are to certify without `--limit`; None where the file does not say it.
+    """
+
+    samples: Sequence[CertifiedSample]
+    planned: int | None
+
+    @property
+    def counted(self) -> str:
+        """`60`, or `12 of 60` where it is not the whole."""
+        done = len(self.samples)
+        return str(done) if self.planned in (None, done) else f"{done} of {self.planned}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +55,9 @@ class RunData:
         result: of result.json; None of a run that is not complete.
         rounds: lines of rounds.jsonl.
         evaluations: (epoch, TA, RA) in order, fractions.
+        evaluated_on: the data of those, `test` or `validation`.
         judged: of each evaluation.json in the folder.
-        certified: of each file of certificates in the folder, by its path there.
+        certified: each file of certificates in the folder, by its path there.
     """
 
     folder: Path
@@ -41,8 +66,9 @@ class RunData:
     result: Mapping[str, Any] | None
     rounds: Sequence[Mapping[str, Any]]
     evaluations: Sequence[tuple[float, float, float]]
-    judged: Sequence[Mapping[str, Any]] = ()
-    certified: Mapping[str, Sequence[CertifiedSample]] = field(default_factory=dict)
+    evaluated_on: str = "test"
+    judged: Sequence[Judged] = ()
+    certified: Mapping[str, Certificates] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -62,6 +88,8 @@ class RunData:
 def collect(paths: Iterable[Path]) -> list[RunData]:
     """The runs in these folders, each a run folder or one that holds some, such as a study's.
 
+    What only prepares another run is left out: a study's tuning, a baseline, the first training of a smoke run.
+
     Raises:
         SpecError: a folder without any run, or a run whose files are damaged.
     """
@@ -69,7 +97,8 @@ def collect(paths: Iterable[Path]) -> list[RunData]:
     for path in paths:
         folders = list(_run_folders(path))
         if not folders:
-            raise SpecError(refusal("a run folder, or a folder of them", "run", path, f"no {runs.JOB} in it"))
+            reason = f"no {runs.JOB} in it, but for folders {TUNING}*, {FIRST} and {runs.BASELINE}"
+            raise SpecError(refusal("a run folder, or a folder of them", "run", path, reason))
         for folder in folders:
             found.setdefault(folder.resolve(), _read(folder))
     return list(found.values())
@@ -113,28 +142,43 @@ def _run_folders(path: Path) -> Iterator[Path]:
         yield path
         return
     for job in sorted(path.rglob(runs.JOB)):
-        if runs.BASELINE not in job.parent.parts:
+        parts = job.parent.relative_to(path).parts
+        tunes = any(part.startswith(TUNING) for part in parts)
+        # a row of a study may be called `first`; its runs are in folders of their own in it
+        if not tunes and parts[-1] != FIRST and runs.BASELINE not in parts:
             yield job.parent
 
 
 def _read(folder: Path) -> RunData:
     spec, title = runs.read_job(folder)
-    return RunData(
-        folder=folder,
-        title=title,
-        spec=spec,
-        result=runs.read_result(folder),
-        rounds=_lines(folder / ROUNDS),
-        evaluations=[
-            (line["epoch"], line["clean_accuracy"], line["robust_accuracy"]) for line in _lines(folder / EVALUATIONS)
-        ],
-        judged=[json.loads(path.read_text()) for path in sorted(folder.rglob(EVALUATION))],
-        certified={
-            str(path.relative_to(folder)): read_certificates(path)
-            for path in sorted(folder.rglob("*.tsv"))
-            if path.read_text().startswith(CERTIFICATES)
-        },
-    )
+    try:
+        evaluations = _lines(folder / EVALUATIONS, _OF_EVALUATION)
+        kinds = {line.get("data", "validation" if spec.data.validation else "test") for line in evaluations}
+        return RunData(
+            folder=folder,
+            title=title,
+            spec=spec,
+            result=runs.read_result(folder),
+            rounds=_lines(folder / ROUNDS, _OF_ROUND),
+            evaluations=[(line["epoch"], line["clean_accuracy"], line["robust_accuracy"]) for line in evaluations],
+            evaluated_on=" and ".join(sorted(kinds)) or "test",
+            judged=[read_judged(path) for path in _own(folder, EVALUATION)],
+            certified={
+                str(path.relative_to(folder)): Certificates(samples=read_certificates(path), planned=_planned(path))
+                for path in _own(folder, "*.tsv")
+                if _text(path).startswith(CERTIFICATES)
+            },
+        )
+    except OSError as error:
+        raise SpecError(refusal("files that can be read", "run", folder, str(error))) from None
+
+
+def _own(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files of a run, without those of runs that are in its folder, such as its baseline."""
+    for path in sorted(folder.rglob(pattern)):
+        between = path.relative_to(folder).parents
+        if not any((folder / each / runs.JOB).is_file() for each in between if each.parts):
+            yield path
 
 
 def read_certificates(path: Path) -> list[CertifiedSample]:
@@ -143,23 +187,40 @@ def read_certificates(path: Path) -> list[CertifiedSample]:
     Raises:
         SpecError: a damaged line.
     """
-    lines = [line for line in path.read_text().split("\n")[:-1] if not line.startswith("#")][1:]
+    lines = [line for line in _text(path).split("\n")[:-1] if not line.startswith("#")][1:]
     try:
         return [CertifiedSample.of_line(line) for line in lines]
     except ValueError as error:
         raise SpecError(refusal("rows of certificates", "file", path, str(error))) from None
 
 
-def _lines(path: Path) -> list[Mapping[str, Any]]:
-    """The lines of a file of JSON lines, but for a last one that is cut off."""
+def _planned(path: Path) -> int | None:
+    """How many samples the whole certification has, by the first line of its file; None where that is cut off."""
+    try:
+        parameters = json.loads(_text(path).partition("\n")[0].removeprefix(CERTIFICATES))
+        return len(range(0, parameters["samples"], parameters["every"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _lines(path: Path, keys: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The lines of a file of JSON lines, each with these keys, but for a last one that is cut off."""
     if not path.is_file():
         return []
     lines: list[Mapping[str, Any]] = []
-    texts = path.read_text().splitlines()
+    texts = _text(path).splitlines()
     for number, text in enumerate(texts):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            if number < len(texts) - 1:
-                raise SpecError(refusal("lines of JSON", "line", number + 1, str(path))) from None
+            if number == len(texts) - 1:
+                break
+            raise SpecError(refusal("lines of JSON", "line", number + 1, str(path))) from None
+        if not isinstance(line, dict) or any(not isinstance(line.get(key), int | float) for key in keys):
+            raise SpecError(refusal(f"lines with numbers {', '.join(keys)}", "line", number + 1, str(path)))
+        lines.append(line)
     return lines

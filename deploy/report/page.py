@@ -8,8 +8,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from common.config import JobSpec, ObjectiveName
 from deploy.report import paper
 from deploy.report.collect import RunData, communication_of, method_of
+from deploy.report.experiments import Experiment, experiments, told_apart
+from deploy.report.judged import autoattack_of
 from deploy.report.paper import PaperRow
 
 _STYLE = """
@@ -20,10 +23,23 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e3e6ec; white-space: nowrap; }
 th { color: #5b6475; font-weight: 600; }
 .number { text-align: right; }
+.long { white-space: normal; min-width: 24rem; }
 tr.ours td { background: #f2f7ff; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 p.note { color: #5b6475; max-width: 48rem; }
 """
+_SAID = (
+    *("data.name", "model.name", "workers", "data.batch_per_worker", "objective.name"),
+    *("codec.name", "codec.bits", "codec.two_sided", "codec.density", "exchange.topology"),
+)
+"""Keys of the job that the words of its row speak of."""
+_LONG = 60
+"""Characters; longer cells are broken into lines."""
+_NOTE_OF_OURS = (
+    "Rows of ours are means over runs whose jobs differ in nothing but their seed and how they are carried out; "
+    "they name the keys in which they differ from other rows of ours of their method. "
+    "AA images: of the test data, so many were attacked by AutoAttack."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +122,19 @@ def table_1(data: Sequence[RunData]) -> Table | None:
         "compare rows of ours with each other.",
         paper.TABLE_1,
         data,
-        lambda run: (method_of(run.spec), None),
+        _ours_of,
     )
 
 
 def table_3(data: Sequence[RunData]) -> Table | None:
-    """The paper's Table 3: semi-supervised training."""
+    """The paper's Table 3: semi-supervised training; our runs stand below the row of their network."""
     return _beside(
         "Table 3: labeled and unlabeled images",
         "CIFAR-10 with 500K unlabeled images in the paper.",
         paper.TABLE_3,
         data,
-        lambda run: (method_of(run.spec), None),
+        _ours_of,
+        lambda row, spec: row.model is spec.model.name,
     )
 
 
@@ -128,22 +145,38 @@ def table_4(data: Sequence[RunData]) -> Table | None:
         "ImageNet, ResNet-50, 6 x 512 in the paper. Data: all workers together, both ways, per round.",
         paper.TABLE_4,
         data,
-        lambda run: (method_of(run.spec), communication_of(run.spec)),
+        lambda spec: f"{communication_of(spec)}; {_where(spec)}, {spec.codec.name}",
+        lambda row, spec: row.setting == communication_of(spec),
     )
 
 
-def table_2(ours: Mapping[str, Sequence[float | None]]) -> Table | None:
-    """The paper's Table 2: certified accuracy at its radii; `ours`: by name of the run, fractions."""
+def table_2(ours: Mapping[str, tuple[str, Sequence[float | None]]]) -> Table | None:
+    """The paper's Table 2: certified accuracy at its radii.
+
+    `ours`: by name of the run, how many samples, and fractions.
+    """
     if not ours:
         return None
     rows: list[tuple[Sequence[str], bool]] = []
     for (noise_std, copies), values in paper.TABLE_2.items():
-        rows.append(([f"paper: noise {noise_std}, N = {copies}", *(f"{100 * value:.1f}" for value in values)], False))
-    for name, found in ours.items():
-        rows.append(([name, *(_percent(value) for value in found)], True))
-    note = "CIFAR-10, ResNet-18 in the paper. Certified accuracy, per cent, at l2 radii of pixels in [0, 1]."
-    head = ("classifier", *(f"r = {radius:g}" for radius in paper.RADII))
+        figures = [f"{100 * value:.1f}" for value in values]
+        rows.append(([f"paper: noise {noise_std}, N = {copies}", "", *figures], False))
+    for name, (samples, found) in ours.items():
+        rows.append(([name, samples, *(_percent(value) for value in found)], True))
+    note = (
+        "CIFAR-10, ResNet-18 in the paper. Certified accuracy, per cent, at l2 radii of pixels in [0, 1]. "
+        "Where samples says `12 of 60` the certification is not complete; without any sample there are no figures."
+    )
+    head = ("classifier", "samples", *(f"r = {radius:g}" for radius in paper.RADII))
     return Table(title="Table 2: certified accuracy", note=note, head=head, rows=rows)
+
+
+def _where(spec: JobSpec) -> str:
+    return f"{spec.data.name}, {spec.model.name}, {spec.workers} x {spec.data.batch_per_worker}"
+
+
+def _ours_of(spec: JobSpec) -> str:
+    return f"{_where(spec)}, {spec.codec.name}, {communication_of(spec)}"
 
 
 def _beside(
@@ -151,43 +184,53 @@ def _beside(
     note: str,
     rows_of_paper: Sequence[PaperRow],
     data: Sequence[RunData],
-    key_of: Callable[[RunData], tuple[str, str | None]],
+    words_of: Callable[[JobSpec], str],
+    belongs: Callable[[PaperRow, JobSpec], bool] = lambda _row, _spec: True,
 ) -> Table | None:
-    """Rows of the paper, each followed by ours of the same kind, means over seeds; None where none is."""
-    ours: dict[tuple[str, ...], list[RunData]] = {}
+    """Rows of the paper, each followed by our experiments of its kind, means over seeds; None where none is.
+
+    Args:
+        title, note, rows_of_paper, data: what to show.
+        words_of: what to say of a job of ours.
+        belongs: whether a job of the row's method is of the row's kind; those of no row stand at the end.
+    """
     methods = {row.method for row in rows_of_paper}
-    for run in data:
-        method, setting = key_of(run)
-        if run.result and method in methods:
-            where = (
-                f"{run.spec.data.name}, {run.spec.model.name}, {run.spec.workers} x {run.spec.data.batch_per_worker}"
-            )
-            words = where if setting is None else f"{setting}; {where}"
-            codec = f", {run.spec.codec.name}"
-            ours.setdefault((method, setting or "", words + codec), []).append(run)
-    if not ours:
+    found = experiments(run for run in data if run.result and method_of(run.spec) in methods)
+    if not found:
         return None
-    settings = {row.setting for row in rows_of_paper}
+    specs = [experiment.runs[0].spec for experiment in found]
+    heads = [(method_of(spec), f"ours: {words_of(spec)}{_objective(spec)}") for spec in specs]
+    keys = [experiment.keys for experiment in found]
+    words = told_apart([text for _, text in heads], keys, _SAID, by=[method for method, _ in heads])
+    left = [
+        (method, spec, _our_cells(method, text, experiment))
+        for (method, _), spec, text, experiment in zip(heads, specs, words, found, strict=True)
+    ]
     rows: list[tuple[Sequence[str], bool]] = []
-    left = dict(ours)
     for row in rows_of_paper:
         rows.append((_paper_cells(row), False))
-        for key in [key for key in left if key[0] == row.method and key[1] in ("", row.setting)]:
-            rows.append((_our_cells(key[0], key[2], left.pop(key)), True))
-    for key, group in left.items():  # settings that the paper does not have
-        assert key[1] not in settings or key[0] in methods
-        rows.append((_our_cells(key[0], key[2], group), True))
-    head = ("method", "setting", "TA %", "RA %", "AA %", "C, s", "T, s", "data, MB", "runs")
-    return Table(title=title, note=note, head=head, rows=rows)
+        here = [ours for ours in left if ours[0] == row.method and belongs(row, ours[1])]
+        rows += [(cells, True) for _, _, cells in here]
+        left = [ours for ours in left if ours not in here]
+    rows += [(cells, True) for _, _, cells in left]
+    head = ("method", "setting", "TA %", "RA %", "AA %", "AA images", "C, s", "T, s", "data, MB", "runs")
+    return Table(title=title, note=f"{note} {_NOTE_OF_OURS}", head=head, rows=rows)
+
+
+def _objective(spec: JobSpec) -> str:
+    return "" if spec.objective.name is ObjectiveName.ADVERSARIAL else f", {spec.objective.name}"
 
 
 def _paper_cells(row: PaperRow) -> list[str]:
-    numbers = (row.clean, row.robust, row.autoattack, row.communication_s, row.epoch_s, row.sent_mb)
-    shown = ["" if each is None else f"{each:,.{2 if index < 3 else 0}f}" for index, each in enumerate(numbers)]
+    accuracies, costs = (row.clean, row.robust, row.autoattack), (row.communication_s, row.epoch_s, row.sent_mb)
+    shown = ["" if each is None else f"{each:,.2f}" for each in accuracies]
+    shown += ["", *("" if each is None else f"{each:,.0f}" for each in costs)]
     return [row.method, f"paper: {row.setting}", *shown, ""]
 
 
-def _our_cells(method: str, words: str, group: Sequence[RunData]) -> list[str]:
+def _our_cells(method: str, words: str, experiment: Experiment) -> list[str]:
+    group = experiment.runs
+
     def mean(name: str) -> str:
         values = [100 * run.result[name] for run in group if run.result and name in run.result]
         return f"{statistics.mean(values):.2f}" if len(values) == len(group) else ""
@@ -199,13 +242,23 @@ def _our_cells(method: str, words: str, group: Sequence[RunData]) -> list[str]:
     sent = [
         run.spec.workers * (run.result["pushed_bytes_per_round"] + run.result["pulled_bytes_per_round"]) / 1e6
         for run in group
-        if run.result and "pushed_bytes_per_round" in run.result
+        if run.result and {"pushed_bytes_per_round", "pulled_bytes_per_round"} <= set(run.result)
     ]
     return [
-        *(method, f"ours: {words}", mean("clean_accuracy"), mean("robust_accuracy")),
-        *(mean("autoattack_accuracy"), per_epoch("communication_s"), per_epoch("round_s")),
+        *(method, words, mean("clean_accuracy"), mean("robust_accuracy"), *_autoattack(group)),
+        *(per_epoch("communication_s"), per_epoch("round_s")),
         *(f"{statistics.mean(sent):,.4g}" if sent else "", str(len(group))),
     ]
+
+
+def _autoattack(group: Sequence[RunData]) -> tuple[str, str]:
+    """Mean AA, and on how many images; only if all runs have it, like the other means."""
+    found = [each for run in group if (each := autoattack_of(run.judged, run.spec, run.result))]
+    if len(found) < len(group):
+        return "", ""
+    images = sorted({samples for _, samples in found})
+    shown = str(images[0]) if len(images) == 1 else f"{images[0]} to {images[-1]}"
+    return f"{100 * statistics.mean(accuracy for accuracy, _ in found):.2f}", shown
 
 
 def _table(table: Table) -> str:
@@ -221,7 +274,8 @@ def _table(table: Table) -> str:
 
 
 def _cell(tag: str, text: str, number: bool) -> str:
-    return f"<{tag}{' class=number' if number else ''}>{html.escape(text)}"
+    kind = " class=number" if number else " class=long" if len(text) > _LONG else ""
+    return f"<{tag}{kind}>{html.escape(text)}"
 
 
 def _is_number(cell: str) -> bool:

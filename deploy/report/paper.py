@@ -5,7 +5,9 @@ Accuracies are in per cent as printed, certified accuracies as fractions; times 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from common.config import ModelName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class PaperRow:
         clean, robust, autoattack: TA, RA and AA, per cent.
         communication_s, epoch_s: C and T.
         sent_mb: data per iteration.
+        model: the network, where rows of a method differ in it.
     """
 
     method: str
@@ -28,6 +31,7 @@ class PaperRow:
     communication_s: float | None = None
     epoch_s: float | None = None
     sent_mb: float | None = None
+    model: ModelName | None = None
 
 
 def _table_1(method: str, setting: str, *figures: float | None) -> PaperRow:
@@ -43,6 +47,10 @@ def _table_1(method: str, setting: str, *figures: float | None) -> PaperRow:
         communication_s=communication_s,
         epoch_s=epoch_s,
     )
+
+
+def _table_3(model: ModelName, method: str, setting: str, *figures: float | None) -> PaperRow:
+    return replace(_table_1(method, setting, *figures), model=model)
 
 
 def _table_4(
@@ -72,11 +80,12 @@ TABLE_2 = {
 }
 """CIFAR-10, ResNet-18: certified accuracy at `RADII` by (noise_std, N)."""
 
+_RESNET, _WIDE = ModelName.PREACT_RESNET18, ModelName.WIDE_RESNET28_10
 TABLE_3 = (
-    _table_1("Semi-supervised DAT-PGD", "ResNet-18, 12 x 2048", 87.00, 47.34, 45.23, 86, 451),
-    _table_1("Semi-supervised DAT-FGSM", "ResNet-18, 12 x 2048", 88.00, 45.84, 43.19, 86, 124),
-    _table_1("Semi-supervised DAT-PGD", "WRN-28-10, 12 x 128", 89.37, 62.06, 58.35, 302, 1020),
-    _table_1("Semi-supervised DAT-FGSM", "WRN-28-10, 12 x 128", 89.52, 61.24, 57.65, 302, 674),
+    _table_3(_RESNET, "Semi-supervised DAT-PGD", "ResNet-18, 12 x 2048", 87.00, 47.34, 45.23, 86, 451),
+    _table_3(_RESNET, "Semi-supervised DAT-FGSM", "ResNet-18, 12 x 2048", 88.00, 45.84, 43.19, 86, 124),
+    _table_3(_WIDE, "Semi-supervised DAT-PGD", "WRN-28-10, 12 x 128", 89.37, 62.06, 58.35, 302, 1020),
+    _table_3(_WIDE, "Semi-supervised DAT-FGSM", "WRN-28-10, 12 x 128", 89.52, 61.24, 57.65, 302, 674),
 )
 """CIFAR-10 and 500K unlabeled images."""
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import StorageError, refusal
+from deploy.certified_plot import outline
 from deploy.report import figures
 from deploy.report.collect import RunData, collect
 from deploy.report.page import Picture, page, runs_table, table_1, table_2, table_3, table_4
 from deploy.report.paper import RADII
-from worker.certificates import certified_curve, summarize
+from worker.certificates import summarize
 
 PAGE = "report.html"
 
@@ -69,24 +70,26 @@ def pictures_of(data: Sequence[RunData], names: Mapping[str, str]) -> list[Pictu
     return [Picture(name=name, title=title, png=png) for (name, title), png in drawn.items() if png is not None]
 
 
-def at_paper_radii(data: Sequence[RunData], names: Mapping[str, str]) -> dict[str, list[float | None]]:
-    """Certified accuracy at the radii of Table 2, by run and file of certificates."""
-    found: dict[str, list[float | None]] = {}
+def at_paper_radii(data: Sequence[RunData], names: Mapping[str, str]) -> dict[str, tuple[str, list[float | None]]]:
+    """How many samples, and certified accuracy at the radii of Table 2, by run and file of certificates."""
+    found: dict[str, tuple[str, list[float | None]]] = {}
     for run in data:
-        for file, samples in run.certified.items():
-            summary = summarize(samples, RADII)["certified"]
-            found[f"{names[str(run.folder)]}, {file}"] = [each["accuracy"] for each in summary]
+        for file, certificates in run.certified.items():
+            values: list[float | None] = [None] * len(RADII)
+            if certificates.samples:
+                values = [each["accuracy"] for each in summarize(certificates.samples, RADII)["certified"]]
+            found[f"{names[str(run.folder)]}, {file}"] = certificates.counted, values
     return found
 
 
 def certified_curves(data: Sequence[RunData], names: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """(radius, certified accuracy in per cent) by run and file of certificates."""
+    """(radius, certified accuracy in per cent) by run and file of certificates that has some."""
     curves = {}
     for run in data:
-        for file, samples in run.certified.items():
-            radii, accuracies = certified_curve(samples)
-            points = [(radius, 100 * each) for radius, each in zip(radii, accuracies, strict=True)]
-            curves[f"{names[str(run.folder)]}, {file}"] = points
+        for file, certificates in run.certified.items():
+            if certificates.samples:
+                points = zip(*outline(certificates.samples), strict=True)
+                curves[f"{names[str(run.folder)]}, {file}"] = [(radius, 100 * each) for radius, each in points]
     return curves
 
 
@@ -94,7 +97,7 @@ def swept(data: Sequence[RunData], names: Mapping[str, str], key: str) -> dict[s
     """(value, RA in per cent) of the sweeps over `key`, by run."""
     series = {}
     for run in data:
-        for sweep in (each for judged in run.judged for each in judged["sweeps"] if each["key"] == key):
-            points = [(float(row[key]), 100 * row["robust_accuracy"]) for row in sweep["rows"]]
-            series[f"{names[str(run.folder)]}, {', '.join(sweep['attacks'])}"] = points
+        for sweep in (each for judged in run.judged for each in judged.sweeps if each.key == key):
+            points = [(value, 100 * row.robust_accuracy) for row in sweep.rows if (value := row.at(key)) is not None]
+            series[f"{names[str(run.folder)]}, {', '.join(sweep.attacks)}"] = points
     return series

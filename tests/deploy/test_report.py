@@ -9,40 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from common.config import JobSpec
 from common.errors import SpecError
-from common.spec_sources import load_job_spec
-from deploy import runs
 from deploy.report import paper
-from deploy.report.collect import collect, communication_of, method_of
+from deploy.report.collect import Certificates, collect, communication_of, method_of
 from deploy.report.page import table_1, table_2, table_4
 from deploy.report.write import at_paper_radii, certified_curves, names_of, pictures_of, swept, write
-from worker.certificates import CertifiedSample
-from worker.certification import Certificate
+from tests.deploy.report_runs import TITLE, certified, job, make_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def job(*settings: str) -> JobSpec:
-    return load_job_spec(settings=settings)
-
-
-def make_run(
-    folder: Path, *settings: str, clean: float = 0.9, robust: float = 0.7, complete: bool = True, rounds: int = 4
-) -> Path:
-    """A run folder as training leaves it; two rounds an epoch."""
-    folder.mkdir(parents=True)
-    runs.write_job(folder, job(*settings), "digits")
-    phases = {"attack_s": 0.5, "compute_s": 0.25, "communication_s": 0.125, "evaluation_s": 0.0, "round_s": 1.0}
-    lines = [{"round": n + 1, "epoch": (n + 1) / 2, **phases} for n in range(rounds)]
-    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluations = [{"epoch": n, "clean_accuracy": clean - 0.1 / n, "robust_accuracy": robust} for n in (1, 2)]
-    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    if complete:
-        result = {"clean_accuracy": clean, "robust_accuracy": robust, "rounds": rounds}
-        result |= {"pushed_bytes_per_round": 2e6, "pulled_bytes_per_round": 1e6, "workers": 4}
-        (folder / "result.json").write_text(json.dumps(result))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -99,7 +73,8 @@ def test_our_runs_stand_below_the_papers_row_of_their_kind_as_means_over_seeds(t
     assert rows[ours[0] - 1][:4] == ["DAT-PGD", "paper: 6 x 512", "63.75", "38.45"]
     # seconds per epoch: two rounds of 1/8 s and of 1 s
     assert rows[ours[0]] == [
-        *("DAT-PGD", "ours: digits, small_cnn, 6 x 64, randomized", "90.00", "72.00", "", "0.25", "2", "18", "2"),
+        *("DAT-PGD", "ours: digits, small_cnn, 6 x 64, randomized, 8 bits", "90.00", "72.00"),
+        *("", "", "0.25", "2", "18", "2"),
     ]
 
 
@@ -113,10 +88,10 @@ def test_a_setting_that_the_paper_does_not_have_gets_a_row_of_its_own(tmp_path: 
 
 
 def test_certified_accuracies_stand_below_the_papers() -> None:
-    table = table_2({"run": (0.5, None, 0.25, 0.2, 0.1, 0.05, 0.0)})
+    table = table_2({"run": ("12 of 60", (0.5, None, 0.25, 0.2, 0.1, 0.05, 0.0))})
     assert table is not None
-    assert table.rows[0][0][:3] == ["paper: noise 0.12, N = 2", "83.2", "80.4"]
-    assert table.rows[-1] == (["run", "50.0", "", "25.0", "20.0", "10.0", "5.0", "0.0"], True)
+    assert table.rows[0][0][:3] == ["paper: noise 0.12, N = 2", "", "83.2"]
+    assert table.rows[-1] == (["run", "12 of 60", "50.0", "", "25.0", "20.0", "10.0", "5.0", "0.0"], True)
 
 
 class Page(HTMLParser):
@@ -173,21 +148,18 @@ def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
 def test_evaluations_and_certificates_in_a_run_folder_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     rows = [{"epsilon": 0.0, "robust_accuracy": 0.9}, {"epsilon": 0.1, "robust_accuracy": 0.5}]
-    judged = {"attacks": [], "sweeps": [{"key": "epsilon", "attacks": ["pgd:20"], "rows": rows}]}
+    judged = {"samples": 360, "attacks": [], "sweeps": [{"key": "epsilon", "attacks": ["pgd:20"], "rows": rows}]}
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(judged))
-    samples = [
-        CertifiedSample(index=n, label=1, certificate=Certificate(predicted=p, radius=r, votes=90), seconds=0.1)
-        for n, (p, r) in enumerate([(1, 0.12), (1, 0.4), (None, 0.0), (2, 0.5)])
-    ]
-    lines = ["# datps certify {}", "index\tlabel\t...", *(sample.line() for sample in samples)]
-    (folder / "certified.tsv").write_text("".join(f"{line}\n" for line in lines) + "4\t1\t1")
+    samples = certified((1, 0.12), (1, 0.4), (None, 0.0), (2, 0.5))
+    (folder / "certified.tsv").write_text(TITLE + "".join(f"{each.line()}\n" for each in samples) + "4\t1\t1")
 
     data = collect([tmp_path])
     names = names_of(data)
-    assert data[0].certified == {"certified.tsv": samples}
-    assert at_paper_radii(data, names) == {"run, certified.tsv": [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.0]}
-    assert certified_curves(data, names) == {"run, certified.tsv": [(0.0, 50.0), (0.12, 50.0), (0.4, 25.0)]}
+    assert data[0].certified == {"certified.tsv": Certificates(samples=samples, planned=None)}
+    assert at_paper_radii(data, names) == {"run, certified.tsv": ("4", [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.0])}
+    points = [(0.0, 50.0), (0.12, 50.0), (0.4, 25.0), (0.4, 0.0)]
+    assert certified_curves(data, names) == {"run, certified.tsv": points}
     assert swept(data, names, "epsilon") == {"run, pgd:20": [(0.0, 90.0), (0.1, 50.0)]}
     pictures = [picture.name for picture in pictures_of(data, names)]
     assert pictures == ["learning-curves", "epsilon", "certified", "time", "traffic"]
