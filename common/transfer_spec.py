@@ -34,8 +34,9 @@ class TransferSpec(Section):
     """The last linear layer: `same` takes the file's, `new` draws it anew, `auto` draws it anew where the file's has
     another shape, is missing, or is known to tell other classes."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: `all-but-head`, or glob patterns of names within the network (`layer1.*`). They
-    do not travel. A batch norm whose parameters are all frozen normalizes by the statistics that it came with."""
+    """Parameters that stay as they are: `all-but-head`, or glob patterns of names within the network: `layer1.*` of
+    resnet50; the others number their layers, `0.*` is the first, and `[0-2].*` preact_resnet18's stem and first stage.
+    They do not travel. A batch norm whose parameters are all frozen normalizes by the statistics that it came with."""
 
     @field_validator("freeze", mode="before")
     @classmethod

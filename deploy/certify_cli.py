@@ -19,7 +19,7 @@ from rich.table import Table
 
 from common.config import JobSpec
 from common.errors import SpecError, refusal
-from deploy.evaluation_cli import ModelArgument
+from deploy.evaluation_cli import ModelArgument, WeightsOption
 from deploy.options import (
     RESERVED,
     DataOption,
@@ -69,6 +69,7 @@ PlotOption = Annotated[
 
 def certify(
     model: ModelArgument,
+    weights: WeightsOption = None,
     noise_std: NoiseOption = None,
     n0: SelectionOption = 100,
     n: EstimationOption = 100_000,
@@ -99,6 +100,7 @@ def certify(
 
         opened = open_model(
             model,
+            weights=weights,
             settings=settings or [],
             data=data,
             device=device,
@@ -196,7 +198,7 @@ def _described(model: TrainedModel, settings: CertificationSettings, every: int)
     checkpoint = model.checkpoint
     return {
         "model": model.name,
-        **({"round": checkpoint.round, "rounds": checkpoint.rounds} if checkpoint else {}),
+        **({"round": checkpoint.round, "rounds": checkpoint.rounds, "weights": model.weights} if checkpoint else {}),
         "data": model.spec.data.name.value,
         **asdict(settings),
         "every": every,

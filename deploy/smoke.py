@@ -16,7 +16,7 @@ from common.config import AttackNorm, JobSpec, Split
 FIRST = "first"
 """Folder, in the run folder, of the training that comes before."""
 LABELS = "pseudo-labels.safetensors"
-_LABELED, _WORKERS, _BATCH, _STEPS, _COPIES, _EPOCHS = 160, 2, 16, 2, 2, 2
+_LABELED, _VALIDATION, _WORKERS, _BATCH, _STEPS, _COPIES, _EPOCHS = 160, 100, 2, 16, 2, 2, 2
 _EPSILON = {AttackNorm.LINF: 0.2, AttackNorm.L2: 1.0}
 _SOURCE, _TARGET = [str(digit) for digit in range(5)], [str(digit) for digit in range(5, 10)]
 
@@ -41,6 +41,7 @@ def shrunk(spec: JobSpec) -> Smoke:
     sections["model"] = {"name": "small_cnn", "width": 8, "input_size": 16 if spec.model.input_size else None}
     sections["data"] |= {"name": "digits", "split": Split.SHARED.value, "labeled": _LABELED}
     sections["data"] |= dict.fromkeys(("image_size", "classes", "mean", "std"))
+    sections["data"]["validation"] = _VALIDATION if spec.data.validation else 0.0
     sections["data"]["batch_per_worker"] = min(spec.data.batch_per_worker, _BATCH)
     sections["attack"] |= {"epsilon": _EPSILON[spec.attack.norm], "steps": min(spec.attack.steps, _STEPS)}
     sections["attack"]["step_size"] = None

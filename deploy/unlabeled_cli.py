@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deploy.evaluation_cli import ModelArgument
+from deploy.evaluation_cli import ModelArgument, WeightsOption
 from deploy.options import (
     RESERVED,
     DataOption,
@@ -40,6 +40,7 @@ def pseudo_label(
         ),
     ],
     out: OutOption,
+    weights: WeightsOption = None,
     settings: SetOption = None,
     data: DataOption = None,
     device: DeviceOption = "cpu",
@@ -57,6 +58,7 @@ def pseudo_label(
                 out,
                 root=data,
                 progress=progress,
+                weights=weights,
                 settings=settings or [],
                 device=device,
                 threads=threads,

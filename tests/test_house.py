@@ -62,6 +62,8 @@ PURE_PATTERNS = (
     "worker/data.py",
     "worker/subsets.py",
     "worker/transfer.py",
+    "worker/published.py",
+    "worker/models/preact.py",
     "worker/models/fixed_norm.py",
     "worker/models/enlarge.py",
     "worker/optimizers/*.py",

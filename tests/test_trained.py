@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ class Brightest(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, :10]
 
-ready = Brightest()
+class Unique(Brightest):
+    def __deepcopy__(self, memo):
+        raise TypeError("a lock of mine")
+
+ready, unique = Brightest(), Unique()
+tuned = nn.Sequential(nn.Flatten(), nn.Linear(64, 10).eval())
+nn.init.constant_(tuned[1].weight, 2.0)
 number = 7
 
 def made():
@@ -58,6 +65,20 @@ def test_a_function_makes_the_model_and_it_is_in_eval_mode(module_name: str) -> 
     module = open_model(f"{module_name}:made").module
     assert isinstance(module, nn.Sequential)
     assert not module.training
+
+
+def test_a_module_of_somebody_else_is_left_as_it_was(module_name: str) -> None:
+    opened = open_model(f"{module_name}:tuned")
+    theirs = importlib.import_module(module_name).tuned
+    assert not any(module.training for module in opened.module.modules())
+    assert [module.training for module in theirs.modules()] == [True, True, False]
+    opened.module[1].weight.data.zero_()
+    assert bool((theirs[1].weight == 2.0).all())
+
+
+def test_a_module_that_cannot_be_copied_is_refused(module_name: str) -> None:
+    with pytest.raises(SpecError, match=r"or a function that makes one, got .* a lock of mine"):
+        open_model(f"{module_name}:unique")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def _about(opened: TrainedModel) -> dict[str, Any]:
         return {"state_digest": _digest(opened.module), "versions": versions()}
     return {
         "parameter_digest": checkpoint.parameter_digest,
+        "weights": opened.weights.value,
         "round": checkpoint.round,
         "architecture": opened.spec.model.name.value,
         "seed": opened.spec.seed,

@@ -21,12 +21,13 @@ from worker.checkpoint import TENSORS, find_checkpoint, load_checkpoint
 from worker.data import Dataset
 from worker.local_files import refuse_unfit_init, sha256_of
 from worker.record import describe_classes
+from worker.replica import has_average, model_tensors
 from worker.transfer import Initialized, initialize, listed
 
 _SAFETENSORS, _TORCH = frozenset({".safetensors"}), frozenset({".pt", ".pth", ".tar"})
 _NESTS = ("state_dict", "model", "net", "model_state_dict")
 """Under which the usual repositories keep a `state_dict` among other things."""
-_PARALLEL, _MODEL = "module.", "model."
+_PARALLEL = "module."
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -39,12 +40,14 @@ class Weights:
         sha256: of the file, in hex.
         tensors: on the CPU.
         classes: as `describe_classes` says it of the data that they were trained on; None where nobody knows.
+        averaged: whether they are the averages that a run of ours judged (`optimizer.ema_decay`).
     """
 
     source: Path
     sha256: str
     tensors: Mapping[str, Tensor]
     classes: str | None
+    averaged: bool = False
 
     def give(self, model: nn.Module, spec: TransferSpec, dataset: Dataset) -> Initialized:
         """Initializes a model of ours.
@@ -53,7 +56,9 @@ class Weights:
             DataError: see `initialize`.
         """
         others = self.classes is not None and self.classes != describe_classes(dataset)
-        return initialize(model, self.tensors, spec.head, other_classes=others, source=str(self.source))
+        return initialize(
+            model, self.tensors, spec.head, other_classes=others, source=str(self.source), averaged=self.averaged
+        )
 
 
 def weights_file(path: Path) -> Path:
@@ -92,7 +97,8 @@ def initial_weights(spec: TransferSpec, path: Path | None) -> Weights | None:
 def read_weights(path: Path) -> Weights:
     """Reads a checkpoint of ours or a file of tensors; nothing is unpickled but what torch takes for tensors.
 
-    A `state_dict` may be under a key of the usual repositories, and its names may have the prefix `module.`.
+    Of a checkpoint with averaged weights these are taken, as `open_model` does. A `state_dict` may be under a key of
+    the usual repositories, and its names may have the prefix `module.`.
 
     Raises:
         SpecError: no such file.
@@ -103,9 +109,14 @@ def read_weights(path: Path) -> Weights:
     digest = sha256_of(file)
     if path.is_dir():
         checkpoint = load_checkpoint(file.parent)
-        own = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_MODEL)}
-        tensors = {name.removeprefix(_MODEL): tensor for name, tensor in own.items()}
-        return Weights(source=file.parent, sha256=digest, tensors=tensors, classes=_classes_in(checkpoint.data))
+        averaged = has_average(checkpoint.tensors)
+        return Weights(
+            source=file.parent,
+            sha256=digest,
+            tensors=model_tensors(checkpoint.tensors, averaged=averaged),
+            classes=_classes_in(checkpoint.data),
+            averaged=averaged,
+        )
     content = _safetensors(file) if file.suffix.lower() in _SAFETENSORS else _torch_file(file)
     return Weights(source=file, sha256=digest, tensors=_without_prefix(_state_dict(content, file)), classes=None)
 

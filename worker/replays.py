@@ -16,8 +16,10 @@ class Replays:
     Batch norm is in train mode, as the pass is that of training.
 
     Rounds stay synchronous: all workers are at the same replay of their batches, as both are functions of the round. A
-    state is saved between two batches only, where nothing is kept, so that checkpoints hold no perturbation and a
-    resumed run is identical to one that was never stopped.
+    state to go on from is saved between two batches only, where nothing is kept, so that checkpoints hold no
+    perturbation and a resumed run is identical to one that was never stopped. The best model is saved wherever it was
+    judged, between two replays too: it is kept to be used, and a run that went on from it would begin that round's
+    batch anew, from its start in the ball, at the replay that is due.
 
     Source: Shafahi et al. 2019 ("Adversarial training for free!"), Algorithm 1. As there, T rounds are T / m batches.
     Deviation: there the perturbation of a batch starts from that of the batch before, slot by slot; here it starts

@@ -231,6 +231,11 @@ def has_average(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(EMA) for name in tensors)
 
 
+def model_tensors(tensors: Mapping[str, Tensor], *, averaged: bool) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the model's names, averaged weights and statistics in place of the others or not."""
+    return _with_prefix(tensors, MODEL) | (_with_prefix(tensors, EMA) if averaged else {})
+
+
 @torch.no_grad()
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], *, averaged: bool = False) -> None:
     """Copies a checkpoint's model into `model`, in place.
@@ -243,9 +248,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], *, averaged: boo
     Raises:
         CheckpointError: a checkpoint of another model; it names the first tensor that differs.
     """
-    own, given = model.state_dict(), _with_prefix(tensors, MODEL)
-    if averaged:
-        given |= _with_prefix(tensors, EMA)
+    own, given = model.state_dict(), model_tensors(tensors, averaged=averaged)
     for name in sorted(set(own) | set(given)):
         expected = tuple(own[name].shape) if name in own else None
         got = tuple(given[name].shape) if name in given else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +71,8 @@ def open_model(
     """Opens a model and the data that it was made for.
 
     Args:
-        model: a run folder (its newest checkpoint), a checkpoint, or `module:attribute`: an `nn.Module`, or a function
-            that makes one without arguments. The module is looked for in the working directory too.
+        model: a run folder (its newest checkpoint), a checkpoint, or `module:attribute`: an `nn.Module`, then copied,
+            or a function that makes one without arguments. Python looks for it in the working directory too.
         weights: `raw` or `ema` of a checkpoint (see `Weights`); where absent the averaged ones, if there are any.
         data: data folder of the data set, if it needs one.
         settings, environment, reserved: see `load_job_spec`; `module:attribute` has no other job than these.
@@ -126,7 +127,9 @@ def _from_attribute(model: str) -> nn.Module:
         found: Any = importlib.import_module(module_name)
         for name in attribute.split("."):
             found = getattr(found, name)
-        if not isinstance(found, nn.Module) and isinstance(found, Callable):  # type: ignore[arg-type]
+        if isinstance(found, nn.Module):
+            found = copy.deepcopy(found)  # what is opened changes its mode and device, and theirs is to stay as it is
+        elif isinstance(found, Callable):  # type: ignore[arg-type]
             found = found()
     except DatpsError:
         raise
@@ -164,10 +167,11 @@ def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
 
 
 def _refuse_other_model(checkpoint: Checkpoint, spec: JobSpec) -> None:
-    theirs = checkpoint.spec.model
-    if spec.model != theirs:
-        rule = f"the checkpoint's model ({theirs.name}, width={theirs.width})"
-        raise SpecError(refusal(rule, "model", f"{spec.model.name}, width={spec.model.width}", str(checkpoint.path)))
+    theirs, ours = (each.model.model_dump(mode="json") for each in (checkpoint.spec, spec))
+    if ours != theirs:
+        changed = [key for key in ours if ours[key] != theirs[key]]
+        told, rule = (", ".join(f"model.{key}={of[key]}" for key in changed) for of in (ours, theirs))
+        raise SpecError(refusal(f"the checkpoint's model ({rule})", "model", told, str(checkpoint.path)))
 
 
 def _refuse_other_logits(opened: TrainedModel) -> None:

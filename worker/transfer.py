@@ -1,6 +1,6 @@
 """Starting from another training's parameters, with a new head if need be, and freezing a part of them.
 
-Users meet the names within the network (`layer1.0.conv1.weight`), not those of the model around it.
+Users meet the names within the network (`1.conv1.weight`), not those of the model around it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from common.config import Head
 from common.errors import DataError, SpecError, refusal
 from common.transfer_spec import ALL_BUT_HEAD
 from worker.models.fixed_norm import fix_batch_norms
+from worker.published import lies_in_a_stage, published_names
 
 NETWORK = "1."
 """Of the names of a model of ours, which is a sequence of normalization (0) and network (1)."""
@@ -31,15 +32,21 @@ class Initialized:
         new: names of those of the head, if it was drawn anew.
         absent: names of counters that the file lacks; they start at 0.
         unexpected: names of the file's tensors that the network has no place for.
+        published: the file has the names of other repositories (see `published_names`).
+        averaged: of a run that kept averaged weights, these.
     """
 
     taken: int
     new: tuple[str, ...]
     absent: tuple[str, ...]
     unexpected: tuple[str, ...]
+    published: bool = False
+    averaged: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.taken} tensors taken"]
+        parts += ["weights and statistics averaged over the training (optimizer.ema_decay)"] if self.averaged else []
+        parts += ["by published names, shortcuts behind a block's first activation"] if self.published else []
         parts += [f"head drawn anew: {listed(self.new)}"] if self.new else []
         parts += [f"missing, counted from 0: {listed(self.absent)}"] if self.absent else []
         parts += [f"not used: {listed(self.unexpected)}"] if self.unexpected else []
@@ -48,23 +55,31 @@ class Initialized:
 
 @torch.no_grad()
 def initialize(
-    model: nn.Module, weights: Mapping[str, Tensor], head: Head, *, other_classes: bool, source: str
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    head: Head,
+    *,
+    other_classes: bool,
+    source: str,
+    averaged: bool = False,
 ) -> Initialized:
     """Copies weights into a model of ours, in place.
 
     Args:
         model: as `build_model` makes it; what is not taken keeps its values.
-        weights: by name, of the model or of its network alone.
+        weights: by name, of the model or of its network alone; or by the names of `published_names`.
         head: see `TransferSpec.head`.
         other_classes: whether the weights are known to tell other classes than the model.
         source: what errors call them.
+        averaged: whether they are averaged weights; it is only told.
 
     Raises:
         DataError: a tensor that is missing (but the head's, if it is drawn anew, and counters), has another shape or
-            kind, or holds infinities or NaN; all of them are named.
+            kind, or holds infinities or NaN, or a block of published names that the network lacks; all of them are
+            named.
     """
     own = model.state_dict()
-    given = _under_own_names(weights, own)
+    given, shown = _under_own_names(weights, model)
     of_head = [name for name in own if name.startswith(f"{head_of(model)}.")]
     fits = all(name in given and given[name].shape == own[name].shape for name in of_head)
     drawn = head is Head.NEW or (head is Head.AUTO and (other_classes or not fits))
@@ -73,8 +88,12 @@ def initialize(
     wrong = [
         problem
         for name in own
-        if name not in new and name not in absent and (problem := _problem(name, own[name], given.get(name)))
+        if name not in new
+        and name not in absent
+        and (problem := _problem(shown.get(name, name), own[name], given.get(name)))
     ]
+    unexpected = tuple(name for name in given if name not in own)
+    wrong += [f"{name} has no place" for name in unexpected if shown and lies_in_a_stage(name)]
     if wrong:
         rule = "every tensor of the model" + (" but its head" if new else " (transfer.head=new draws the head anew)")
         raise DataError(refusal(rule, "tensors", listed(wrong), source))
@@ -85,7 +104,9 @@ def initialize(
         taken=len(own) - len(new) - len(absent),
         new=new,
         absent=absent,
-        unexpected=tuple(name for name in given if name not in own),
+        unexpected=unexpected,
+        published=bool(shown),
+        averaged=averaged,
     )
 
 
@@ -133,10 +154,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(name.removeprefix(NETWORK) for name in names[:_SHOWN]) + rest
 
 
-def _under_own_names(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names: as they are, or as its network's, whichever finds more of them."""
+def _under_own_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights under the model's names: as they are, as its network's, or as published, whichever finds most.
+
+    Returns:
+        The weights, those without a place by their old names; of published ones also what to call each of the model's.
+    """
+    own, theirs = model.state_dict().keys(), published_names(model.get_submodule(NETWORK.rstrip(".")))
+    ours = {published: f"{NETWORK}{name}" for name, published in theirs.items()}
     network = {f"{NETWORK}{name}": tensor for name, tensor in weights.items()}
-    return network if len(network.keys() & own.keys()) > len(weights.keys() & own.keys()) else dict(weights)
+    published = {ours.get(name, name): tensor for name, tensor in weights.items()}
+    best = max((dict(weights), network, published), key=lambda found: len(found.keys() & own))
+    if best is not published:
+        return best, {}
+    return published, {name: f"{old} ({name.removeprefix(NETWORK)} here)" for old, name in ours.items()}
 
 
 def _problem(name: str, own: Tensor, given: Tensor | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from common.errors import SpecError
 from common.spec_sources import load_job_spec
 from deploy import recipes
 from deploy.report.collect import communication_of, method_of
+from deploy.report.paper import TABLE_4
+from worker.data import BatchPlan
 
 NAMES = [each.name for each in recipes.all_recipes()]
 
@@ -72,29 +75,80 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
     [
         ("imagenet-at", "AT", "32 bits", "1 x 512"),
         ("imagenet-fast-at", "Fast AT", "32 bits", "1 x 512"),
-        ("imagenet-dat-pgd", "DAT-PGD", "8 bits 2-sided", "6 x 512"),
-        ("imagenet-dat-fgsm", "DAT-FGSM", "8 bits 2-sided", "6 x 512"),
-        ("imagenet-dat-pgd-no-lalr", "DAT-PGD w/o LALR", "8 bits 2-sided", "6 x 512"),
-        ("imagenet-dat-fgsm-no-lalr", "DAT-FGSM w/o LALR", "8 bits 2-sided", "6 x 512"),
-        ("imagenet-dat-lsgd", "DAT-LSGD", "8 bits 2-sided", "6 x 512"),
-        ("imagenet-dat-pgd-32bit", "DAT-PGD", "32 bits", "6 x 512"),
+        ("imagenet-dat-pgd", "DAT-PGD", "32 bits", "6 x 512"),
+        ("imagenet-dat-fgsm", "DAT-FGSM", "32 bits", "6 x 512"),
+        ("imagenet-dat-pgd-no-lalr", "DAT-PGD w/o LALR", "32 bits", "6 x 512"),
+        ("imagenet-dat-fgsm-no-lalr", "DAT-FGSM w/o LALR", "32 bits", "6 x 512"),
+        ("imagenet-dat-lsgd", "DAT-LSGD", "32 bits", "6 x 512"),
         ("imagenet-dat-pgd-16bit", "DAT-PGD", "16 bits", "6 x 512"),
         ("imagenet-dat-pgd-8bit", "DAT-PGD", "8 bits", "6 x 512"),
+        ("imagenet-dat-pgd-8bit-2sided", "DAT-PGD", "8 bits 2-sided", "6 x 512"),
+        ("imagenet-dat-pgd-paper-8bit-2sided", "DAT-PGD", "8 bits 2-sided", "6 x 512"),
         ("imagenet-dat-pgd-4bit-2sided", "DAT-PGD", "4 bits 2-sided", "6 x 512"),
         ("imagenet-dat-pgd-hpc", "DAT-PGD", "32 bits, HPC", "6 x 512"),
+        ("imagenet-dat-fgsm-16bit", "DAT-FGSM", "16 bits", "6 x 512"),
+        ("imagenet-dat-fgsm-8bit", "DAT-FGSM", "8 bits", "6 x 512"),
+        ("imagenet-dat-fgsm-8bit-2sided", "DAT-FGSM", "8 bits 2-sided", "6 x 512"),
         ("imagenet-dat-fgsm-hpc", "DAT-FGSM", "32 bits, HPC", "6 x 512"),
-        ("cifar10-semi-dat-pgd", "Semi-supervised DAT-PGD", "8 bits 2-sided", "12 x 2048"),
-        ("cifar10-semi-wrn-dat-fgsm", "Semi-supervised DAT-FGSM", "8 bits 2-sided", "12 x 128"),
-        ("cifar10-smooth-dat-012", "Smooth-DAT", "8 bits 2-sided", "4 x 32"),
+        ("cifar10-semi-dat-pgd", "Semi-supervised DAT-PGD", "32 bits", "12 x 2048"),
+        ("cifar10-semi-wrn-dat-fgsm", "Semi-supervised DAT-FGSM", "32 bits", "12 x 128"),
+        ("cifar10-smooth-dat-012", "Smooth-DAT", "32 bits", "4 x 32"),
         ("cifar10-smooth-at-025", "Smooth-AT", "32 bits", "1 x 128"),
-        ("cifar10-finetune-dat-pgd", "DAT-PGD, fine-tuned", "8 bits 2-sided", "6 x 64"),
-        ("cifar100-finetune-dat-pgd", "DAT-PGD, fine-tuned", "8 bits 2-sided", "6 x 64"),
+        ("cifar10-finetune-dat-pgd", "DAT-PGD, fine-tuned", "32 bits", "6 x 64"),
+        ("cifar100-finetune-dat-pgd", "DAT-PGD, fine-tuned", "32 bits", "6 x 64"),
     ],
 )
 def test_every_row_of_the_papers_tables_has_a_recipe(name: str, method: str, communication: str, drawn: str) -> None:
     spec = job(name)
     assert (method_of(spec), communication_of(spec)) == (method, communication)
     assert f"{spec.workers} x {spec.data.batch_per_worker}" == drawn
+
+
+def test_every_row_of_the_papers_table_of_bits_is_a_recipe_of_its_own() -> None:
+    """Of `paper.TABLE_4`: the same job but for what is on the wire."""
+    jobs = {
+        name: job(name) for name in NAMES if re.fullmatch(r"imagenet-dat-(pgd|fgsm)(-\w+bit.*|-hpc|-paper.*|)", name)
+    }
+    rows = {(method_of(spec), communication_of(spec)) for spec in jobs.values()}
+    assert {(row.method, row.setting) for row in TABLE_4} <= rows
+    for spec in jobs.values():
+        base = job("imagenet-dat-pgd" if spec.attack.name == "pgd" else "imagenet-dat-fgsm")
+        assert base.codec.name == "none"
+        assert spec.model_copy(update={"codec": base.codec, "exchange": base.exchange}) == base
+    assert jobs["imagenet-dat-pgd-8bit-2sided"].codec == job("digits-dat-pgd").codec
+    assert jobs["imagenet-dat-pgd-paper-8bit-2sided"].codec.name == "paper"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("digits")])
+def test_the_best_epoch_of_the_papers_jobs_is_told_on_images_that_are_held_out(name: str) -> None:
+    spec = job(name)
+    assert (spec.data.validation > 0, spec.evaluation.every_epochs > 0) == (True, True)
+    assert spec.evaluation.patience is None
+
+
+@pytest.mark.parametrize(("name", "batch"), [("semi", 12 * 2048), ("semi-wrn", 12 * 128)])
+@pytest.mark.parametrize("method", ["dat-pgd", "dat-fgsm"])
+def test_semi_supervised_jobs_make_as_many_updates_as_passes_over_all_images_would(
+    name: str, method: str, batch: int
+) -> None:
+    spec = job(f"cifar10-{name}-{method}")
+    plan = BatchPlan(
+        samples_by_worker=(50_000 - int(spec.data.validation),) * spec.workers,
+        split=spec.data.split,
+        batch_per_worker=spec.data.batch_per_worker,
+        workers=spec.workers,
+        seed=0,
+        unlabeled=500_000,
+        unlabeled_per_batch=spec.data.unlabeled_per_batch,
+    )
+    assert spec.schedule.epochs * plan.rounds_per_epoch == pytest.approx(100 * 550_000 / batch, rel=0.02)
+    assert (spec.schedule.warmup, spec.schedule.decay_at) == (0.05, (20 / 30, 25 / 30, 28 / 30))
+
+
+def test_baselines_of_one_worker_with_sgd_do_not_warm_up() -> None:
+    alone = [job(name) for name in NAMES if job(name).workers == 1]
+    assert len(alone) == 6
+    assert [spec.schedule.warmup for spec in alone] == [0] * 6
 
 
 def test_the_cifar_recipes_are_the_papers() -> None:

@@ -141,7 +141,7 @@ def lars_step(theta: list[float], gradient: list[float], **settings: float) -> l
     return (before - after).tolist()
 
 
-@pytest.mark.parametrize(("norm", "tau"), [(0.25, 0.5), (1.0, 1.0), (7.0, 2.0)])
+@pytest.mark.parametrize(("norm", "tau"), [(0.0, 0.5), (0.25, 0.5), (1.0, 1.0), (7.0, 2.0)])
 def test_tau_bounds_the_norm_of_the_weights_in_lars_too(norm: float, tau: float) -> None:
     moved = lars_step([norm * 0.6, norm * 0.8], [30.0, -40.0], trust_low=0.5, trust_high=2.0)
     assert moved == pytest.approx([0.6 * tau, -0.8 * tau], rel=1e-6)

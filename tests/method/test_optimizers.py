@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import timm.optim.lamb
 import torch
@@ -176,8 +177,9 @@ def plain_lamb(
         if spec.decay_one_dimensional or not exempt:
             u = u.add(theta[i], alpha=spec.weight_decay)
         ratio = torch.tensor(1.0)
-        if norm(theta[i]) > 0 and norm(u) > 0 and (spec.adapt_one_dimensional or not exempt):
-            ratio = norm(theta[i]).clamp(spec.trust_low, spec.trust_high) / norm(u)
+        tau = norm(theta[i]).clamp(spec.trust_low, spec.trust_high)
+        if tau > 0 and norm(u) > 0 and (spec.adapt_one_dimensional or not exempt):
+            ratio = tau / norm(u)
         theta[i] = theta[i] - u * (ratio * eta)
 
 
@@ -259,6 +261,23 @@ def first_step(theta: Tensor, gradient: Tensor, shapes: tuple[tuple[int, ...], .
 def test_layer_of_zero_weights_moves_with_trust_ratio_one() -> None:
     change = first_step(torch.tensor([0.0, 0.0, 3.0, 4.0]), torch.tensor([5.0, -2.0, 1.0, 1.0]), ((2,), (2, 1)))
     torch.testing.assert_close(change, torch.tensor([1.0, -1.0, 5 / math.sqrt(2), 5 / math.sqrt(2)]))
+
+
+def numpy_lamb_step(theta: list[float], gradient: list[float], low: float, high: float) -> list[float]:
+    """Algorithm A2 for one layer from its start, with eta = 1: m_hat = g, v_hat = g^2, and tau of equation (3)."""
+    w, g = np.array(theta), np.array(gradient)
+    u = g / np.sqrt(g * g)
+    length = np.sqrt((w * w).sum())
+    tau = low if length < low else high if length > high else length
+    stepped: list[float] = (w - tau / np.sqrt((u * u).sum()) * u).tolist()
+    return stepped
+
+
+@pytest.mark.parametrize("theta", [[0.0, 0.0, 0.0], [0.1, 0.0, -0.1], [3.0, -4.0, 0.0]], ids=["zero", "below", "above"])
+def test_a_lower_bound_of_tau_counts_for_layers_of_zero_weights_too(theta: list[float]) -> None:
+    gradient = [5.0, -2.0, 0.3]
+    change = first_step(torch.tensor(theta), torch.tensor(gradient), ((3, 1),), trust_low=0.25, trust_high=2.0)
+    assert (torch.tensor(theta) - change).tolist() == pytest.approx(numpy_lamb_step(theta, gradient, 0.25, 2.0))
 
 
 def test_layer_of_zero_update_stays_and_nothing_becomes_nan() -> None:

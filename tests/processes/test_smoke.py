@@ -48,6 +48,8 @@ def test_the_smoke_form_keeps_the_method(name: str) -> None:
     assert small.spec.transfer.init == whole.transfer.init
     assert small.spec.data.unlabeled_fraction == whole.data.unlabeled_fraction
     assert (small.spec.data.name, small.spec.workers) == ("digits", min(whole.workers, 2))
+    assert bool(small.spec.data.validation) == bool(whole.data.validation)
+    assert small.spec.data.validation <= 100  # of the 700 digits that a half of the classes has
     needs = whole.transfer.init or whole.data.unlabeled_fraction > 0
     assert (small.first is not None) == needs
     if small.first:
@@ -67,3 +69,4 @@ def test_the_smoke_form_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
     assert result["rounds"] == len(lines) > 0
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert runs.read_job(out)[0].attack == shrunk(job(name)).spec.attack
+    assert result["best"]["validation_samples"] == 100

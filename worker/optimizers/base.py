@@ -151,10 +151,11 @@ class Optimizer(ABC):
     def _trust_ratios(self, theta_norms: Tensor, denominators: Tensor) -> Tensor:
         """tau(||theta_i||) / denominator per layer, float32 [h]; tau clamps to [c_l, c_u].
 
-        It is 1 in layers that are not adapted, and where either norm is 0: a bias starts at 0 and would never move.
+        It is 1 in layers that are not adapted, and where tau or the denominator is 0: with c_l = 0 a bias that starts
+        at 0 would never move.
         """
         tau = theta_norms.clamp(self.spec.trust_low, self.spec.trust_high)
-        applies = self._adapted & (theta_norms > 0) & (denominators > 0)
+        applies = self._adapted & (tau > 0) & (denominators > 0)
         return torch.where(applies, tau / denominators, 1.0)
 
     def _add_decay(self, theta: Tensor) -> None:

@@ -19,7 +19,7 @@ class Lamb(Optimizer):
     - weight decay is decoupled: u = m / sqrt(v + zeta) + weight_decay * theta (LAMB's own definition; training details,
       supplement 4.1, name only its size);
     - the moments that are carried on are the uncorrected ones; the correction applies to the ratio (Adam, LAMB);
-    - the trust ratio is 1 where either norm is 0 (a bias starts at 0 and would never move);
+    - the trust ratio is 1 where tau or ||u_i|| is 0 (with c_l = 0 a bias that starts at 0 would never move);
     - the paper's code has no bias correction and puts zeta outside the root; `bias_correction=false` gives the former.
     """
 
