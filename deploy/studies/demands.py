@@ -89,7 +89,5 @@ def _refuse_unfit_labels(run: Run, job: JobSpec, jobs: Mapping[str, tuple[Run, J
     ours, held_back = held_back_of(job.data), held_back_of(theirs.data)
     for key, value in ours.items():
         if held_back[key] != value:
-            rule = (
-                f"data.{key}={value} in row {teacher.row!r} as in {run.row!r}, for which it labels the images held back"
-            )
+            rule = f"data.{key}={value} in row {teacher.row!r}, which labels the images held back, as in {run.row!r}"
             raise SpecError(refusal(rule, f"data.{key}", held_back[key]))

@@ -70,7 +70,9 @@ def test_a_teacher_that_has_been_trained_anew_labels_anew_and_its_old_students_a
     assert done_by(TEACHING, tmp_path) == []
     shutil.rmtree(tmp_path / "32-bits/seed-0")
     machine = Machine(ROBUST, version="another ")
-    with pytest.raises(SpecError, match=r"\(or remove the folder\), got unlabeled=2 unlabeled images .*4-bits/seed-0\)"):
+    with pytest.raises(
+        SpecError, match=r"\(or remove the folder\), got unlabeled=2 unlabeled images .*4-bits/seed-0\)"
+    ):
         study(TEACHING, tmp_path, machine).run()
     assert machine.verbs == everything[:2]
     shutil.rmtree(tmp_path / "4-bits/seed-0")
@@ -177,7 +179,9 @@ def test_what_is_not_said_of_certificates_is_as_the_command_has_it() -> None:
 
 # What tuning looks at
 
-TUNED = ONE.replace("epochs: 2,", "epochs: 2, data.validation: 0.1,").replace("seeds: [0]", "seeds: [0]\ntune_seeds: [9]")
+TUNED = ONE.replace("epochs: 2,", "epochs: 2, data.validation: 0.1,").replace(
+    "seeds: [0]", "seeds: [0]\ntune_seeds: [9]"
+)
 TUNED = TUNED.replace("codec.name: none}", "codec.name: randomized}, tune: {codec.bits: [4, 8]}")
 ACCURACIES = {"32-bits/tune-bits-4/seed-9": 0.5, "32-bits/tune-bits-8/seed-9": 0.4, "32-bits/seed-0": 0.6}
 
