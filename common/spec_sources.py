@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import yaml
@@ -103,14 +104,30 @@ def load_job_spec(
     return validated(JobSpec, merged, "job spec", sources)
 
 
+def read_yaml(text: str, name: str) -> Any:
+    """What a YAML document holds; `name` is what error messages call it.
+
+    Raises:
+        SpecError: it is none.
+    """
+    with _refusing_bad_yaml(name):
+        return yaml.safe_load(text)
+
+
 def _parse_yaml(text: str, name: str) -> list[tuple[str, Any]]:
-    try:
-        document = yaml.safe_load(text)
-        if document is None:
-            return []
-        if not isinstance(document, Mapping):
-            raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
+    document = read_yaml(text, name)
+    if document is None:
+        return []
+    if not isinstance(document, Mapping):
+        raise SpecError(refusal("a mapping of sections", "document", type(document).__name__, name))
+    with _refusing_bad_yaml(name):  # a mapping may hold itself
         return list(_flatten(document))
+
+
+@contextmanager
+def _refusing_bad_yaml(name: str) -> Iterator[None]:
+    try:
+        yield
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: 2024-13-45 is no date
         raise SpecError(refusal("valid YAML", "document", name, str(error).replace("\n", " "))) from None
 

@@ -321,6 +321,7 @@ def _smoke(spec: JobSpec) -> tuple[JobSpec, JobSpec | None]:
 
 def _train(options: Any, as_json: bool, tensorboard: bool) -> int:
     from deploy.display import Display, JsonLinesDisplay, TerminalDisplay
+    from deploy.train import command_to_resume
     from deploy.train import train as run_training
 
     people = sys.stdout.isatty() and not as_json
@@ -336,7 +337,7 @@ def _train(options: Any, as_json: bool, tensorboard: bool) -> int:
         stopped = outcome.exit_code in (EXIT_TERMINATED, EXIT_INTERRUPTED)
         text = outcome.text if outcome.reason is None else f"{outcome.text}: {outcome.reason}"
         if (stopped or outcome.exit_code == EXIT_RETRY) and runs.has_checkpoint(options.folder):
-            text += f"; `datps train --resume {options.folder}` goes on"
+            text += f"; `{command_to_resume(options)}` goes on"
         if outcome.process is not None:
             text += f" (logs in {options.folder / runs.LOGS})"
         display.say("stopping" if stopped else "error", text, exit_code=outcome.exit_code)

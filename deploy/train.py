@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from deploy import runs
 from deploy.cluster import Commands, DatpsCommands, LocalCluster, threads_per_worker
 from deploy.display import Display
 from deploy.progress import RunView
-from deploy.smoke import files_for
+from deploy.smoke import FIRST, LABELS, files_for
 from deploy.supervision import Outcome, Patience
 from worker.local.devices import parse_devices
 from worker.local_files import refuse_unfit_init, refuse_unfit_unlabeled, sha256_of
@@ -140,6 +141,23 @@ def job_to_resume(
     if runs.read_result(folder) is None and not runs.has_checkpoint(folder):
         raise SpecError(refusal("a run folder with checkpoints", "resume", folder, "none found"))
     return spec, title
+
+
+def command_to_resume(options: TrainOptions) -> str:
+    """What goes on with the run, as a shell takes it: the job is in the folder, what belongs to this machine is not."""
+    spec, first = options.spec, options.first is not None
+    unlabeled = options.folder / LABELS if first and spec.data.unlabeled_fraction else options.unlabeled
+    init = options.folder / FIRST if first and spec.transfer.init else options.init
+    flags: dict[str, object] = {
+        "--data": options.data,
+        "--unlabeled": unlabeled,
+        "--init": init if options.baseline else None,  # the run itself goes on from its checkpoint
+        "--devices": options.devices,
+        "--device": None if options.devices or options.device == "cpu" else options.device,
+    }
+    given = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
+    baseline = [] if options.baseline else ["--no-baseline"]
+    return shlex.join(["datps", "train", "--resume", str(options.folder), *given, *baseline])
 
 
 def with_local_files(spec: JobSpec, *, unlabeled: Path | None, init: Path | None) -> JobSpec:

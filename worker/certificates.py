@@ -157,6 +157,19 @@ def parameters_of(model: TrainedModel, settings: CertificationSettings, every: i
     }
 
 
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a file's rows (see `parameters_of`).
+
+    Raises:
+        SpecError: another file, or none that can be read.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return _described(path, [stream.readline().rstrip("\n"), stream.readline().rstrip("\n")])
+    except OSError as error:
+        raise SpecError(refusal("a file that can be read", "out", path, error.strerror or str(error))) from None
+
+
 def model_digest(module: nn.Module) -> str:
     """XXH3-128 of all parameters and buffers with their names, normalization constants included."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -31,12 +31,14 @@ def conclude(workplace: Workplace, round_: int, checkpoints: Path) -> Conclusion
         StorageError: the last model is the best, and cannot be kept as such.
     """
     spec, dataset, replica = workplace.spec, workplace.dataset, workplace.replica
-    selection = replica.selection
+    selection, validation = replica.selection, None
     with replica.judged() as model:
         test = _judged(workplace, model, dataset.test)
         if dataset.validation and spec.evaluation.every_epochs and spec.data.split is Split.SHARED:
-            selection = selection.after(round_, _judged(workplace, model, dataset.validation))
-    return Conclusion(round=round_, test=test, best=_best(workplace, selection, round_, test, checkpoints))
+            validation = _judged(workplace, model, dataset.validation)
+            selection = selection.after(round_, validation)
+    best = _best(workplace, selection, round_, test, checkpoints)
+    return Conclusion(round=round_, test=test, best=best, validation=validation)
 
 
 def _best(workplace: Workplace, selection: Selection, round_: int, last: Evaluation, checkpoints: Path) -> Best | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from common.errors import DataError, SpecError, refusal
 from worker.data import PixelSamples
 from worker.datasets import IMAGE_SUFFIXES, ImageFiles, load_held_back
+from worker.local_files import held_back_of
 from worker.numpy_pickle import read_arrays
-from worker.pseudo_labels import PseudoLabels, held_back_of, save_pseudo_labels
+from worker.pseudo_labels import PseudoLabels, save_pseudo_labels
 from worker.record import versions
 from worker.trained import TrainedModel, open_model
 

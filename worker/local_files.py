@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from common.config import DataSpec, TransferSpec
 from common.errors import SpecError, refusal
@@ -25,6 +26,12 @@ def refuse_unfit_unlabeled(spec: DataSpec, path: Path | None) -> None:
         raise SpecError(refusal(rule, "data.unlabeled_fraction", spec.unlabeled_fraction, str(path)))
     if path is not None and not path.is_file():
         raise SpecError(refusal("a file that exists", "unlabeled", path))
+
+
+def held_back_of(spec: DataSpec) -> dict[str, Any]:
+    """What says of which images' labels have been held back: validation samples are taken out before that."""
+    keys = {"name", "classes", "split", "validation", "labeled", "labeled_seed"}
+    return spec.model_dump(mode="json", include=keys)
 
 
 def refuse_unfit_init(spec: TransferSpec, path: Path | None) -> None:

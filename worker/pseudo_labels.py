@@ -26,7 +26,7 @@ from common.config import DataSpec
 from common.errors import DataError, StorageError, refusal
 from worker.data import Dataset, TensorSamples, Unlabeled
 from worker.datasets import load_dataset
-from worker.local_files import refuse_unfit_unlabeled
+from worker.local_files import held_back_of, refuse_unfit_unlabeled
 from worker.subsets import Joined
 
 IMAGES, LABELS, CONFIDENCE = "images", "labels", "confidence"
@@ -69,11 +69,6 @@ class PseudoLabels:
             state.update(np.ascontiguousarray(images.numpy()).data)
         state.update(np.ascontiguousarray(self.labels.numpy()).data)
         return state.hexdigest()
-
-
-def held_back_of(spec: DataSpec) -> dict[str, Any]:
-    """What says of which images' labels have been held back."""
-    return spec.model_dump(mode="json", include={"name", "classes", "labeled", "labeled_seed"})
 
 
 def save_pseudo_labels(path: Path, content: PseudoLabels) -> None:
@@ -168,16 +163,23 @@ def with_pseudo_labels(dataset: Dataset, spec: DataSpec, path: Path) -> Dataset:
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.classes):
         rule = f"labels from 0 to {len(dataset.classes) - 1}"
         raise DataError(refusal(rule, "labels", f"{int(labels.min())} to {int(labels.max())}", context))
-    ours = held_back_of(spec)
-    if content.held_back is not None and content.held_back["name"] == ours["name"] and content.held_back != ours:
-        rule = f"images whose labels this job does not keep ({ours})"
-        raise DataError(refusal(rule, "held_back", content.held_back, context))
+    _refuse_other_held_back(content.held_back, spec, context)
     pseudo_labeled = TensorSamples(images, labels, maximum=content.maximum)
     return replace(
         dataset,
         train=Joined(dataset.train, pseudo_labeled),
         unlabeled=Unlabeled(samples=len(labels), digest=content.digest()),
     )
+
+
+def _refuse_other_held_back(said: Mapping[str, Any] | None, spec: DataSpec, context: str) -> None:
+    """Images of this job's own data set must be those that it neither keeps the labels of nor validates on."""
+    ours = held_back_of(spec)
+    if said is None or said["name"] != ours["name"]:
+        return
+    if {**held_back_of(DataSpec()), **said} != ours:  # a file from before a key was written has its default
+        rule = f"images whose labels this job does not keep ({ours})"
+        raise DataError(refusal(rule, "held_back", said, context))
 
 
 def _refuse_unfit_content(content: PseudoLabels, path: Path) -> None:

@@ -222,6 +222,7 @@ class RunRecorder:
             "job_id": self._spec.job_id,
             **accuracies(conclusion.test),
             "samples": conclusion.test.samples,
+            **(on_validation_data(conclusion.validation) if conclusion.validation else {}),
             "weights": "ema" if self._replica.average else "raw",
             **({"best": described(conclusion.best)} if conclusion.best else {}),
             **({"stopped_early": conclusion.round < self._rounds} if self._spec.evaluation.patience else {}),
@@ -251,11 +252,16 @@ def accuracies(evaluation: Evaluation) -> dict[str, float]:
     return {"clean_accuracy": evaluation.clean_accuracy, "robust_accuracy": evaluation.robust_accuracy}
 
 
+def on_validation_data(evaluation: Evaluation) -> dict[str, float]:
+    """TA and RA on validation data, as fractions."""
+    return {f"validation_{name}": value for name, value in accuracies(evaluation).items()}
+
+
 def described(best: Best) -> dict[str, Any]:
     """The best model on validation data; its accuracies are on the test data, as those of the last one."""
     return {
         "round": best.round,
-        **{f"validation_{name}": value for name, value in accuracies(best.validation).items()},
+        **on_validation_data(best.validation),
         "validation_samples": best.validation.samples,
         **(accuracies(best.test) if best.test else {}),
         "checkpoint": f"{CHECKPOINTS}/{BEST}" if best.test else None,

@@ -86,8 +86,10 @@ class Conclusion:
         round: after how many rounds.
         test: of the last model.
         best: if there is validation data, and evaluations during training.
+        validation: of the last model; then too, but for `split=own`, where no worker has all validation data.
     """
 
     round: int
     test: Evaluation
     best: Best | None
+    validation: Evaluation | None = None

@@ -24,15 +24,17 @@ from enum import StrEnum
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import JobSpec, Section
 from common.errors import SpecError, refusal
-from common.spec_sources import load_job_spec, validated
+from common.spec_sources import load_job_spec, read_yaml, validated
 from deploy import recipes
+from deploy.studies.demands import refuse_shared_folder, refuse_unfit
 
 Value = bool | int | float | str | None
 Settings = dict[str, Value | list[Value]]
+Choices = dict[str, Annotated[list[Value], Field(min_length=1)]]
 
 
 class Within(StrEnum):
@@ -48,7 +50,7 @@ class RowSpec(Section):
     """Recipe by name, instead of the study's."""
     settings: Settings = Field(default={})
     """Keys of the job spec, dotted, over those of the study."""
-    tune: dict[str, list[Value]] = Field(default={})
+    tune: Choices = Field(default={})
     """Values to choose from, by key: all combinations are trained, the best one on the validation split is taken."""
     init: str | None = None
     """Row whose trained model of the same seed this one starts from (`datps train --init`)."""
@@ -71,6 +73,19 @@ class CheckSpec(Section):
     """By how many points it must lie above the other."""
 
 
+class CertifySpec(Section):
+    """Flags of `datps certify`, with its defaults; they are a certificate's, so their ranges are looked at there."""
+
+    noise_std: float | None = None
+    """Where absent that of the training."""
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    every: int = Field(default=20, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1000, ge=1)
+
+
 class StudySpec(Section):
     """A study."""
 
@@ -84,28 +99,46 @@ class StudySpec(Section):
     seeds: tuple[int, ...] = (0, 1, 2)
     tune_seeds: tuple[int, ...] = (1000, 1001, 1002)
     """Seeds of the runs that tune, which are in no table; the mean over them decides."""
-    grid: dict[str, list[Value]] = Field(default={})
+    grid: Choices = Field(default={})
     """Values by key: every row is run with every combination."""
     rows: tuple[RowSpec, ...] = Field(min_length=1)
     evaluate: tuple[str, ...] = ()
     """Attacks as `datps evaluate --attack` takes them, for every trained model."""
     evaluate_images: int | None = Field(default=None, ge=1)
     """How many test images `evaluate` takes; all where absent."""
-    certify: dict[str, Value] = Field(default={})
-    """Flags of `datps certify` by name, for every trained model; none where absent."""
+    certify: CertifySpec | None = None
+    """Flags of `datps certify` by name, for every trained model; none is certified where absent or empty."""
     columns: tuple[str, ...] | None = ("clean_accuracy", "robust_accuracy")
     """Figures in the table beside those of `evaluate` and `certify`; all if null. study.json has all."""
     checks: tuple[CheckSpec, ...] = ()
+
+    @field_validator("certify", mode="before")
+    @classmethod
+    def _certify_has_flags(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        named = {str(key).replace("-", "_"): each for key, each in value.items()}
+        for key in named:
+            if key not in CertifySpec.model_fields:
+                raise ValueError(refusal(f"one of {', '.join(CertifySpec.model_fields)}", "flag", key))
+        return named or None
+
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> Self:
+        for name, seeds in (("seeds", self.seeds), ("tune_seeds", self.tune_seeds)):
+            if len(set(seeds)) < len(seeds) or not seeds:
+                raise ValueError(refusal("different seeds, at least one", name, list(seeds)))
+        both = sorted({*self.seeds} & {*self.tune_seeds})
+        if both and any(row.tune for row in self.rows):
+            rule = f"seeds to tune with that are none of seeds={list(self.seeds)}"
+            raise ValueError(refusal(rule, "tune_seeds", list(self.tune_seeds)))
+        return self
 
     @model_validator(mode="after")
     def _rows_fit(self) -> Self:
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise ValueError(refusal("unique names", "rows", names))
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise ValueError(refusal("different seeds, at least one", "seeds", list(self.seeds)))
-        if len(set(self.tune_seeds)) < len(self.tune_seeds) or not self.tune_seeds:
-            raise ValueError(refusal("different seeds, at least one", "tune_seeds", list(self.tune_seeds)))
         earlier: set[str] = set()
         for row in self.rows:
             for other in (row.init, row.unlabeled):
@@ -153,15 +186,15 @@ def read_study(text: str, name: str) -> StudySpec:
     Raises:
         SpecError: not a study; names what is wrong and where.
     """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(refusal("a YAML document", "study", name, str(error).replace("\n", " "))) from None
+    document = read_yaml(text, name)
     if not isinstance(document, dict):
         raise SpecError(refusal("a mapping of title, rows and more", "study", name, type(document).__name__))
     study = validated(StudySpec, document, name)
+    jobs: dict[str, tuple[Run, JobSpec]] = {}
     for run in runs_of(study):  # every job is known to be valid before the first one is trained
-        job_of(run)
+        refuse_shared_folder(run, jobs[run.folder][0] if run.folder in jobs else None)
+        jobs[run.folder] = run, job_of(run)
+    refuse_unfit(study, jobs)
     return study
 
 
@@ -171,8 +204,13 @@ def job_of(run: Run, chosen: Mapping[str, Value] | None = None) -> JobSpec:
     Raises:
         SpecError: an unknown recipe, key or value.
     """
-    settings = [*run.settings, *_assignments(chosen or {})]
+    settings = settings_of(run, chosen)
     return load_job_spec(yaml_text=recipes.recipe(run.recipe).text, yaml_name=run.recipe, settings=settings)
+
+
+def settings_of(run: Run, chosen: Mapping[str, Value] | None = None) -> list[str]:
+    """What makes the recipe's job the run's, as `--set` takes it."""
+    return [*run.settings, *_assignments(chosen or {})]
 
 
 def runs_of(study: StudySpec) -> Iterator[Run]:

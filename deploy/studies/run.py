@@ -12,41 +12,35 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from common.errors import DatpsError, SpecError, refusal
+from common.config import JobSpec
+from common.errors import DatpsError, SpecError, StorageError, refusal
 from common.spec_sources import ENVIRONMENT_PREFIX, differences
 from deploy import runs
 from deploy.leash import leashed
-from deploy.report.collect import read_certificates
-from deploy.report.paper import RADII
-from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_of
-from deploy.studies.table import (
-    Figures,
-    Line,
-    Verdict,
-    certified_figures,
-    evaluation_figures,
-    in_words,
-    line_of,
-    markdown,
-    verdicts_of,
-)
-from worker.certificates import summarize
+from deploy.studies import figures
+from deploy.studies.demands import RESULT, STUDY, TABLE
+from deploy.studies.figures import CHOSEN_BY, Figures
+from deploy.studies.judging import Certification, certification_settings, evaluation_figures
+from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_of, settings_of
+from deploy.studies.sources import are_labels_of, refuse_other_init, refuse_other_labels
+from deploy.studies.table import Line, Verdict, in_words, line_of, markdown, verdicts_of
 
-STUDY, TABLE, RESULT = "study.yaml", "table.md", "study.json"
-_OF_RESULT = (
-    *("clean_accuracy", "robust_accuracy", "seconds", "communication_seconds"),
-    *("pushed_bytes_per_round", "pulled_bytes_per_round", "rounds", "parameters"),
-)
-"""Figures of a run's result.json that become columns."""
 _SET_BY_INIT = ("transfer.init", "transfer.sha256")
 """Keys of the job that `datps train --init` fills in."""
-CHOSEN_BY = "validation_robust_accuracy"
-"""The figure that tuning looks at; never one of the test set."""
+
+
+class CommandError(DatpsError):
+    """A command of the study has failed; its exit code is ours."""
+
+    def __init__(self, text: str, status: int) -> None:
+        """`status`: as `subprocess` tells it, below 0 that of a signal."""
+        super().__init__(text)
+        self.exit_code = status if status >= 0 else 128 - status
 
 
 class Execute(Protocol):
@@ -127,17 +121,25 @@ class Study:
         self._places = places
         self._execute = run_command
         self._say = say
+        if self.spec.certify:
+            for run in runs_of(self.spec):
+                certification_settings(self.spec.certify, job_of(run))
         self._refuse_foreign_folder()
 
     def run(self) -> tuple[list[Line], list[Verdict]]:
         """Does what is not done yet; the table is written after every row.
 
         Raises:
-            DatpsError: a command has failed; the message names it and its log.
-            SpecError: another process is at work in the folder.
+            CommandError: a command has failed; the message names it and its log.
+            SpecError: another process is at work in the folder, or there is what the study has not made.
+            StorageError: the disk is full.
         """
         with self._claimed():
-            return self._run()
+            try:
+                return self._run()
+            except OSError as error:
+                rule = "files that can be read and written"
+                raise StorageError(refusal(rule, "out", self._places.folder, str(error))) from None
 
     def _run(self) -> tuple[list[Line], list[Verdict]]:
         lines: list[Line] = []
@@ -147,10 +149,10 @@ class Study:
         return lines, verdicts_of(self.spec, lines)
 
     def _line(self, group: Sequence[Run]) -> Line:
-        tuning: dict[tuple[tuple[str, Value], ...], list[Figures]] = {}
+        tuning: dict[tuple[tuple[str, Value], ...], dict[str, Figures]] = {}
         for run in group:
             if run.candidate is not None:
-                tuning.setdefault(run.candidate, []).append(self._figures(run, None))
+                tuning.setdefault(run.candidate, {})[run.folder] = self._figures(run, None)
         chosen = dict(_best(tuning)) if tuning else None
         by_seed = {run.seed: self._figures(run, chosen) for run in group if run.candidate is None}
         first = group[0]
@@ -158,71 +160,92 @@ class Study:
 
     def _figures(self, run: Run, chosen: Mapping[str, Value] | None) -> Figures:
         """Trains the run and judges it, as far as that is not done."""
-        folder = self._places.folder / run.folder
-        self._train(run, chosen, folder)
+        folder, job = self._places.folder / run.folder, job_of(run, chosen)
+        self._train(run, settings_of(run, chosen), job, folder)
         result = runs.read_result(folder) or {}
-        figures = {name: float(result[name]) for name in _OF_RESULT if name in result}
-        figures |= _validation(result)
+        found = dict(figures.of_result(result))
         if run.candidate is None:
-            for step in (self._evaluate, self._certify):
-                figures |= step(folder)
-        accuracies = {name: value for name, value in figures.items() if "accuracy" in name}
+            found |= self._evaluate(folder, result.get("parameter_digest"))
+            found |= self._certify(folder, job)
+        accuracies = {name: value for name, value in found.items() if "accuracy" in name}
         shown = ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f} %" for name, value in accuracies.items())
         self._say(f"{run.folder}: {shown}")
-        return figures
+        return found
 
-    def _train(self, run: Run, chosen: Mapping[str, Value] | None, folder: Path) -> None:
-        job = job_of(run, chosen)
-        if (folder / runs.JOB).is_file():
-            there, _ = runs.read_job(folder)
-            for key, ours, theirs in differences(job, there):
-                if key in _SET_BY_INIT:
-                    continue
-                rule = f"{key}={ours} as the study says (or remove the folder)"
-                raise SpecError(refusal(rule, key, theirs, str(folder)))
-            if runs.read_result(folder) is not None:
-                return
-        settings = [*run.settings, *(f"{key}={value}" for key, value in (chosen or {}).items())]
-        command = ["train", "--recipe", run.recipe, *(part for each in settings for part in ("--set", each))]
-        command += ["--out", str(folder), *self._models(run)]
+    def _train(self, run: Run, settings: Sequence[str], job: JobSpec, folder: Path) -> None:
+        complete = self._is_complete(run, job, folder)
+        labels = self._labels(run)
+        if labels:
+            refuse_other_labels(folder, labels)
+        if complete:
+            return
         if runs.has_checkpoint(folder):
-            command = ["train", "--resume", str(folder)]
-        elif folder.exists():
-            _empty(folder)
+            command = ["train", "--resume", str(folder)]  # parameters to start from are none of its business any more
+        else:
+            if folder.exists():
+                _empty(folder)
+            command = ["train", "--recipe", run.recipe, *(part for each in settings for part in ("--set", each))]
+            command += ["--out", str(folder), *(["--init", str(self._places.folder / run.init)] if run.init else [])]
+        command += ["--unlabeled", str(labels)] if labels else []
         self._command([*command, "--no-baseline", *self._device()], folder)
 
-    def _models(self, run: Run) -> list[str]:
-        """Flags for what other runs have trained."""
-        flags = ["--init", str(self._places.folder / run.init)] if run.init else []
-        if run.unlabeled:
-            teacher = self._places.folder / run.unlabeled
-            labels = teacher.with_name(f"{teacher.name}-pseudo-labels.safetensors")
-            if not labels.is_file():
-                self._command(
-                    ["pseudo-label", str(teacher), "held-back", "--out", str(labels), *self._device()], teacher
-                )
-            flags += ["--unlabeled", str(labels)]
-        return flags
+    def _is_complete(self, run: Run, job: JobSpec, folder: Path) -> bool:
+        """Whether there is nothing left to train.
 
-    def _evaluate(self, folder: Path) -> Figures:
+        Raises:
+            SpecError: the folder has another job's run, or one from other parameters.
+        """
+        if not (folder / runs.JOB).is_file():
+            return False
+        there, _ = runs.read_job(folder)
+        for key, ours, theirs in differences(job, there):
+            if key in _SET_BY_INIT:
+                continue
+            rule = f"{key}={ours} as the study says (or remove the folder)"
+            raise SpecError(refusal(rule, key, theirs, str(folder)))
+        if run.init and (runs.has_checkpoint(folder) or (folder / runs.RESULT).exists()):
+            refuse_other_init(folder, there, self._places.folder / run.init)
+        return runs.read_result(folder) is not None
+
+    def _labels(self, run: Run) -> Path | None:
+        """The file of pseudo-labels that a run needs; made anew if its teacher has been trained anew."""
+        if run.unlabeled is None:
+            return None
+        teacher = self._places.folder / run.unlabeled
+        labels = teacher.with_name(f"{teacher.name}-pseudo-labels.safetensors")
+        if labels.is_file() and not are_labels_of(labels, teacher):
+            labels.unlink()
+        if not labels.is_file():
+            self._command(["pseudo-label", str(teacher), "held-back", "--out", str(labels), *self._device()], teacher)
+        return labels
+
+    def _evaluate(self, folder: Path, parameter_digest: str | None) -> Figures:
         if not self.spec.evaluate:
             return {}
-        out = folder / "evaluation"
-        attacks = [part for attack in self.spec.evaluate for part in ("--attack", attack)]
-        limit = [] if self.spec.evaluate_images is None else ["--limit", str(self.spec.evaluate_images)]
-        if not (out / "evaluation.json").is_file():
+        out, images = folder / "evaluation", self.spec.evaluate_images
+        asked = out / "evaluation.json", self.spec.evaluate, images, parameter_digest
+        found = evaluation_figures(*asked)
+        if found is None:
+            attacks = [part for attack in self.spec.evaluate for part in ("--attack", attack)]
+            limit = [] if images is None else ["--limit", str(images)]
             self._command(["evaluate", str(folder), *attacks, *limit, "--out", str(out), *self._device()], folder)
-        return evaluation_figures(json.loads((out / "evaluation.json").read_text()))
+            found = evaluation_figures(*asked)
+        if found is None:
+            rule = "an evaluation of the run's model by all attacks (or remove the folder)"
+            raise SpecError(refusal(rule, "evaluation", out))
+        return found
 
-    def _certify(self, folder: Path) -> Figures:
+    def _certify(self, folder: Path, job: JobSpec) -> Figures:
         if not self.spec.certify:
             return {}
-        out, done = folder / "certification.tsv", folder / "certification.done"
-        flags = [part for key, value in self.spec.certify.items() for part in (f"--{key}", str(value))]
-        if not done.is_file():
-            self._command(["certify", str(folder), *flags, "--out", str(out), "--resume", *self._device()], folder)
-            done.touch()
-        return certified_figures(summarize(read_certificates(out), RADII))
+        certification = Certification(folder, self.spec.certify, job)
+        found = certification.figures()
+        if found is None:
+            self._command(["certify", str(folder), *certification.flags, *self._device()], folder)
+            found = certification.figures()
+        if found is None:
+            raise SpecError(refusal("certificates of all samples", "file", certification.file))
+        return found
 
     def _device(self) -> list[str]:
         data = [] if self._places.data is None else ["--data", str(self._places.data)]
@@ -232,11 +255,15 @@ class Study:
         log = folder.with_name(f"{folder.name}.log")
         status = self._execute([sys.executable, "-m", "deploy.cli", *arguments], log)
         if status != 0:
-            raise DatpsError(f"datps {arguments[0]} ended with {status}; {_last_line(log)} ({log})")
+            ended = f"ended with {status}" if status > 0 else f"was ended by signal {-status}"
+            raise CommandError(f"datps {arguments[0]} {ended}; {_last_line(log)} ({log})", status)
 
     def _refuse_foreign_folder(self) -> None:
         folder = self._places.folder
-        foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        try:
+            foreign = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+        except OSError as error:
+            raise _unusable(folder, error) from None
         if foreign and not (folder / STUDY).is_file():
             rule = f"a new or empty folder, or one with {STUDY}"
             raise SpecError(refusal(rule, "out", folder, f"it holds {foreign[0]}"))
@@ -247,22 +274,25 @@ class Study:
 
         A changed study may go on in it: runs are compared with jobs.
         """
-        self._places.folder.mkdir(parents=True, exist_ok=True)
-        with (self._places.folder / STUDY).open("a") as file:
+        folder = self._places.folder
+        with ExitStack() as claim:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = claim.enter_context((folder / STUDY).open("a", encoding="utf-8"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(self._text)
+                file.flush()
             except BlockingIOError:
-                rule = "a folder that no other `datps study` is at work in"
-                raise SpecError(refusal(rule, "out", self._places.folder)) from None
-            file.truncate(0)
-            file.write(self._text)
-            file.flush()
+                raise SpecError(refusal("a folder that no other `datps study` is at work in", "out", folder)) from None
+            except OSError as error:
+                raise _unusable(folder, error) from None
             yield
 
     def _write(self, lines: Sequence[Line]) -> None:
         verdicts = verdicts_of(self.spec, lines)
-        (self._places.folder / TABLE).write_text(document_of(self.spec, lines, verdicts))
-        (self._places.folder / RESULT).write_text(as_json_text(self.spec, lines, verdicts))
+        (self._places.folder / TABLE).write_text(document_of(self.spec, lines, verdicts), encoding="utf-8")
+        (self._places.folder / RESULT).write_text(as_json_text(self.spec, lines, verdicts), encoding="utf-8")
 
 
 def document_of(study: StudySpec, lines: Sequence[Line], verdicts: Iterable[Verdict]) -> str:
@@ -292,17 +322,24 @@ def _only(line: Line, columns: Sequence[str]) -> Line:
     return Line(**{**asdict(line), "figures": figures})
 
 
-def _validation(result: Mapping[str, Any]) -> Figures:
-    best = result.get("best") or {}
-    return {CHOSEN_BY: float(best[CHOSEN_BY])} if CHOSEN_BY in best else {}
+def _best(tuning: Mapping[tuple[tuple[str, Value], ...], Mapping[str, Figures]]) -> tuple[tuple[str, Value], ...]:
+    """The values whose runs did best on the validation split, on average; the first of equals.
+
+    `tuning`: figures by candidate and by the run's folder.
+
+    Raises:
+        SpecError: a run does not say how its last model did there.
+    """
+    untold = [folder for of in tuning.values() for folder, found in of.items() if CHOSEN_BY not in found]
+    if untold:
+        rule = f"{CHOSEN_BY} of the last model (remove these folders: their runs are trained again)"
+        raise SpecError(refusal(rule, "result", ", ".join(untold), "an earlier version told the best model's only"))
+    means = {values: statistics.mean(found[CHOSEN_BY] for found in of.values()) for values, of in tuning.items()}
+    return max(means, key=means.__getitem__)
 
 
-def _best(tuning: Mapping[tuple[tuple[str, Value], ...], Sequence[Figures]]) -> tuple[tuple[str, Value], ...]:
-    """The values whose runs did best on the validation split, on average; the first of equals."""
-    for figures in itertools.chain(*tuning.values()):
-        if CHOSEN_BY not in figures:
-            raise SpecError(refusal("a validation split (data.validation) to tune on", CHOSEN_BY, "none"))
-    return max(tuning, key=lambda candidate: statistics.mean(figures[CHOSEN_BY] for figures in tuning[candidate]))
+def _unusable(folder: Path, error: OSError) -> SpecError:
+    return SpecError(refusal("a folder that can be made and written", "out", folder, error.strerror or str(error)))
 
 
 def _empty(folder: Path) -> None:

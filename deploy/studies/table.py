@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from deploy.studies.figures import Figures
 from deploy.studies.plan import CheckSpec, StudySpec, Value, Within, row_name
 
-Figures = Mapping[str, float]
-"""One run's figures by column: fractions, seconds, bytes."""
 _ROUNDING = 1e-9
 PERCENT = "accuracy"
 """Columns with this in their name hold fractions, which are shown in per cent."""
@@ -40,11 +38,11 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One expectation, and what was found; fractions."""
+    """One expectation, and what was found; fractions. What nobody has measured is None, and does not hold."""
 
     rule: str
-    found: float
-    least: float
+    found: float | None
+    least: float | None
     holds: bool
 
 
@@ -64,13 +62,13 @@ def line_of(
 
 
 def verdicts_of(study: StudySpec, lines: Sequence[Line]) -> list[Verdict]:
-    """What the checks say of the rows that are there."""
+    """What the checks say of the rows that are there; one verdict for each pair of them."""
     by_name = {line.row: line for line in lines}
     verdicts = []
     for check in study.checks:
         for line in (each for each in lines if each.base == check.row):
             other = by_name.get(row_name(check.at_least, line.point))
-            if other is not None and check.of in line.figures and check.of in other.figures:
+            if other is not None:
                 verdicts.append(_verdict(check, line, other))
     return verdicts
 
@@ -102,18 +100,25 @@ def shown(column: str, values: Sequence[float]) -> str:
 
 def in_words(verdict: Verdict) -> str:
     """One line for people."""
-    found = f"{100 * verdict.found:.2f} %, at least {100 * verdict.least:.2f} % expected"
+    found = "not measured"
+    if verdict.found is not None and verdict.least is not None:
+        found = f"{100 * verdict.found:.2f} %, at least {100 * verdict.least:.2f} % expected"
     return f"{verdict.rule}: {found}: {'holds' if verdict.holds else 'DOES NOT HOLD'}"
 
 
 def _verdict(check: CheckSpec, line: Line, other: Line) -> Verdict:
-    found, theirs = statistics.mean(line.figures[check.of]), other.figures[check.of]
     if check.within is Within.SPREAD:
-        least, how = min(theirs), "within the spread of"
+        how = "within the spread of"
     else:
-        least = statistics.mean(theirs) - check.within / 100 + check.gap / 100
         how = f"{check.gap:g} points above" if check.gap else f"at most {check.within:g} points below"
     rule = f"{check.of.replace('_', ' ')} of {line.row!r} {how} {other.row!r}"
+    if check.of not in line.figures or check.of not in other.figures:
+        return Verdict(rule=rule, found=None, least=None, holds=False)
+    found, theirs = statistics.mean(line.figures[check.of]), other.figures[check.of]
+    if check.within is Within.SPREAD:
+        least = min(theirs)
+    else:
+        least = statistics.mean(theirs) - check.within / 100 + check.gap / 100
     return Verdict(rule=rule, found=found, least=least, holds=found >= least - _ROUNDING)
 
 
@@ -124,14 +129,3 @@ def _tuning(line: Line) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Columns of an evaluation.json: RA under each attack, `pgd:20 accuracy`."""
-    return {f"{each['attack']} accuracy": float(each["robust_accuracy"]) for each in evaluation["attacks"]}
-
-
-def certified_figures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Columns of `worker.certificates.summarize`: certified accuracy at each radius."""
-    at = {f"certified accuracy at {each['radius']:g}": float(each["accuracy"]) for each in summary["certified"]}
-    return {"smoothed accuracy": float(summary["smoothed_accuracy"]), **at}

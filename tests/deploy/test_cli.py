@@ -22,6 +22,7 @@ from common.errors import CheckpointError, PeerLostError
 from common.spec_sources import environment_name, spec_keys
 from deploy.cli import RESERVED, app, default_worker_id
 from deploy.supervision import Outcome
+from deploy.train import TrainOptions, command_to_resume
 
 ROOT = Path(__file__).parents[2]
 
@@ -261,6 +262,28 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ended = datps("train", "--out", str(tmp_path / "run"))
 
     assert (ended.exit_code, ended.stderr) == (143, f"stopped; `datps train --resume {tmp_path}/run` goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, ""),
+        ({"unlabeled": Path("some labels"), "data": Path("d")}, " --data d --unlabeled 'some labels'"),
+        ({"init": Path("before"), "device": "cuda:1"}, " --init before --device cuda:1"),
+        ({"init": Path("before"), "baseline": False}, " --no-baseline"),
+        ({"devices": "cpu:2"}, " --devices cpu:2"),
+    ],
+)
+def test_what_goes_on_with_a_run_is_given_what_is_not_in_its_folder(changes: dict[str, Any], flags: str) -> None:
+    options = TrainOptions(spec=JobSpec(), title="t", folder=Path("run"), **changes)
+    assert command_to_resume(options) == f"datps train --resume run{flags}"
+
+
+def test_a_smoke_run_goes_on_with_the_files_that_it_has_made() -> None:
+    spec = JobSpec.model_validate({"data": {"unlabeled_fraction": 0.5}, "transfer": {"init": True}})
+    options = TrainOptions(spec=spec, title="t", folder=Path("run"), first=JobSpec())
+    files = "--unlabeled run/pseudo-labels.safetensors --init run/first"
+    assert command_to_resume(options) == f"datps train --resume run {files}"
 
 
 def test_evaluate_tells_both_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:

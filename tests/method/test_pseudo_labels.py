@@ -208,6 +208,30 @@ def test_a_file_for_other_data_is_refused(tmp_path: Path, change: dict[str, Any]
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fits"),
+    [
+        ({}, {}, True),
+        ({}, {"validation": 0.2}, False),  # made without: among its images are those that this job validates on
+        ({"validation": 0.2}, {}, False),
+        ({"validation": 0.2}, {"validation": 0.2}, True),
+        ({"split": "own"}, {}, False),
+        ({"name": "cifar10"}, {"validation": 0.2}, True),
+    ],
+)
+def test_images_held_back_fit_a_job_that_holds_back_the_same(
+    tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], fits: bool
+) -> None:
+    """A file of an earlier version says nothing of keys that it did not know."""
+    said = {"name": "digits", "classes": None, "labeled": 100, "labeled_seed": 0, **theirs}
+    path = saved(tmp_path / "file", held_back=said)
+    if fits:
+        assert load_training_data(spec(**ours), root=None, unlabeled=path).unlabeled is not None
+        return
+    with pytest.raises(DataError, match="expected images whose labels this job does not keep"):
+        load_training_data(spec(**ours), root=None, unlabeled=path)
+
+
 def test_a_file_and_its_fraction_go_together(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"\(--unlabeled FILE\), got unlabeled=None \(data.unlabeled_fraction=0.5\)"):
         load_training_data(spec(), root=None)
@@ -269,7 +293,9 @@ def test_held_back_images_are_labeled_and_train_the_same_job(tmp_path: Path, mod
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["held_back"]) == {
             "name": "digits",
+            "split": "shared",
             "classes": None,
+            "validation": 0.0,
             "labeled": 100,
             "labeled_seed": 0,
         }

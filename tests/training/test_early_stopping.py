@@ -20,6 +20,7 @@ from tests.processes.test_worker_in_thread import TRAINING_S, error_of, image_fo
 from tests.support import DEADLINE_S, checkpoint_of, job, running_server
 from worker.checkpoint import load_checkpoint
 from worker.datasets import load_dataset
+from worker.evaluation import evaluate
 from worker.judging.evaluation import evaluate_model
 from worker.workplace import Workplace
 
@@ -101,6 +102,20 @@ def test_the_best_model_is_kept_beside_the_newest_and_judged_on_test_data(stoppe
     assert report["clean_accuracy"] == result["best"]["clean_accuracy"]
 
 
+def test_the_result_tells_the_last_model_s_accuracy_on_validation_data_too(stopped: Any) -> None:
+    out, _ = stopped
+    spec, result = job(*STOPPING, "schedule.epochs=10"), result_of(out)
+    dataset, last = load_dataset(spec.data, root=None), load_checkpoint(out / "checkpoints" / "round-000013")
+    assert dataset.validation is not None
+    with Workplace.build(spec, dataset, CPU, last, None).replica.judged() as model:
+        found = evaluate(model, dataset.validation, spec.evaluation_attack, batch=200, seed=spec.seed, device=CPU)
+    assert (result["validation_clean_accuracy"], result["validation_robust_accuracy"]) == (
+        found.clean_accuracy,
+        found.robust_accuracy,
+    )
+    assert result["validation_clean_accuracy"] != result["clean_accuracy"]
+
+
 @pytest.mark.parametrize("round_", [8, 12, 13])
 def test_a_resumed_run_remembers_the_best_and_stops_in_the_same_round(
     stopped: Any, tmp_path: Path, round_: int
@@ -140,7 +155,8 @@ def test_without_patience_training_goes_to_its_end_and_the_last_model_is_a_candi
     assert list(judged) == [4, 8]
     assert max(judged.values()) < result["best"]["validation_robust_accuracy"]  # it was still learning
     assert result["best"]["round"] == 12
-    assert result["best"]["robust_accuracy"] == result["robust_accuracy"]
+    for name in ("robust_accuracy", "validation_robust_accuracy", "validation_clean_accuracy"):
+        assert result["best"][name] == result[name], name
     assert load_checkpoint(out / "checkpoints" / "best").round == 12
 
 
@@ -165,6 +181,7 @@ def test_the_best_checkpoint_is_the_model_that_was_judged_and_not_the_one_a_roun
     assert int(best.tensors["optimizer.t"]) == best.round
 
     assert result["weights"] == "ema"
+    assert "validation_robust_accuracy" not in result
     averaged, raw = (evaluate_model(str(out), data=roots[0], weights=weights) for weights in (None, "raw"))
     assert averaged["weights"] == "ema"
     assert averaged["robust_accuracy"] == result["robust_accuracy"]
