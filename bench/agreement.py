@@ -3,8 +3,9 @@
     python -m bench.agreement RUN ... [--limit N]
 
 Robust accuracy under PGD-20 as `datps evaluate` finds it, beside that of foolbox's attack with the same radius, steps
-and step size, and beside AutoAttack. Of a smoothed model, the certified accuracy as `datps certify` finds it beside that
-of a direct computation: other noise, another function for the confidence bound. Needs the extras `test` and `eval`.
+and step size, and beside AutoAttack. Of a smoothed model, the certified accuracy as `datps certify` finds it beside
+that of a direct computation: other noise, another function for the confidence bound. Needs the extras `test` and
+`eval`.
 """
 
 from __future__ import annotations

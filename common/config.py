@@ -89,6 +89,11 @@ class ScaleNorm(StrEnum):
     L2 = "l2"
 
 
+class ShortcutStart(StrEnum):
+    ACTIVATION = "activation"
+    INPUT = "input"
+
+
 class ModelSpec(Section):
     """The network; input normalization is part of it, so that attacks work in pixel space [0, 1]."""
 
@@ -99,6 +104,9 @@ class ModelSpec(Section):
     input_size: int | None = Field(default=None, ge=8, le=1024)
     """Side in pixels to which the model itself enlarges its images (bilinear), for fine-tuning at the size of the
     pre-training; attacks see the images as they are. Their own size where absent."""
+    shortcut: ShortcutStart = ShortcutStart.ACTIVATION
+    """Where a 1x1 shortcut starts: behind the block's first activation (He et al. 2016b), or at the block's `input`, as
+    checkpoints of Wong et al. 2020 and Rice et al. 2020 may need it (preact_resnet18 and wide_resnet28_10 only)."""
 
 
 class CodecSpec(Section):

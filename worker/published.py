@@ -36,9 +36,8 @@ al. 2019, TRADES)."""
 def published_names(network: nn.Module) -> dict[str, str]:
     """Their name of each of a network's tensors, by ours; nothing for networks that are published under our names.
 
-    Deviation that names do not tell: the shortcut of a block with another shape starts behind its first activation here
-    (He et al. 2016b), as in most repositories; in some with the same names, Wong et al. 2020 among them, it starts at
-    the block's input, and what such a network computes is not what ours does with its weights.
+    What names do not tell: whether the shortcut of a block with another shape starts behind its first activation (He et
+    al. 2016b) or at the block's input, as in some repositories with the same names; `model.shortcut` has to say so.
     """
     numbers = [number for number, layer in enumerate(network.children()) if isinstance(layer, PreActBlock)]
     style = next((style for style in _STYLES if sum(style.stages) == len(numbers)), None)

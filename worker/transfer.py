@@ -46,7 +46,9 @@ class Initialized:
     def __str__(self) -> str:
         parts = [f"{self.taken} tensors taken"]
         parts += ["weights and statistics averaged over the training (optimizer.ema_decay)"] if self.averaged else []
-        parts += ["by published names, shortcuts behind a block's first activation"] if self.published else []
+        parts += (
+            ["by published names (they do not tell model.shortcut: is it that of the file?)"] if self.published else []
+        )
         parts += [f"head drawn anew: {listed(self.new)}"] if self.new else []
         parts += [f"missing, counted from 0: {listed(self.absent)}"] if self.absent else []
         parts += [f"not used: {listed(self.unexpected)}"] if self.unexpected else []

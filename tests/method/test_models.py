@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import ModelName, ModelSpec
+from common.config import ModelName, ModelSpec, ShortcutStart
 from common.errors import SpecError
 from worker.models import averaged_buffers, build_model
 from worker.models.normalize import Normalize
@@ -22,10 +22,11 @@ def build(
     image_size: int = 32,
     classes: int = 10,
     seed: int = 0,
+    shortcut: ShortcutStart = ShortcutStart.ACTIVATION,
 ) -> nn.Module:
     constants = (0.5,) * in_channels
     return build_model(
-        ModelSpec(name=name, width=width),
+        ModelSpec(name=name, width=width, shortcut=shortcut),
         in_channels=in_channels,
         image_size=image_size,
         classes=classes,
@@ -95,6 +96,12 @@ def test_width_scales_the_network(name: ModelName) -> None:
 def test_width_is_refused_where_the_architecture_has_none(name: ModelName) -> None:
     with pytest.raises(SpecError, match=rf"expected no width but for .*, got model.width=8 \(model.name={name}\)"):
         build(name, width=8)
+
+
+def test_where_shortcuts_start_is_refused_where_the_architecture_has_one_answer() -> None:
+    reason = r"expected no shortcut but for preact_resnet18, wide_resnet28_10, got model.shortcut=input"
+    with pytest.raises(SpecError, match=reason):
+        build(ModelName.RESNET20, shortcut=ShortcutStart.INPUT)
 
 
 def test_resnet50_refuses_images_without_colour() -> None:

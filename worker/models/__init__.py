@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelName, ModelSpec
+from common.config import ModelName, ModelSpec, ShortcutStart
 from common.errors import SpecError, refusal
 from worker.models import preact, resnet, small_cnn
 from worker.models.enlarge import Enlarge
@@ -33,6 +33,8 @@ _WIDTHS = {
 }
 """Default width of the families that take one."""
 
+_PREACT = (ModelName.PREACT_RESNET18, ModelName.WIDE_RESNET28_10)
+"""The families of which it can be said where a block's shortcut starts."""
 
 _LENDING = threading.Lock()
 """The CPU's global generator can be lent to one model at a time."""
@@ -70,7 +72,7 @@ def build_model(
     # layers draw their weights from the CPU's global generator: lend it to them, and seed it alone
     with _LENDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, Purpose.PARAMETERS))
-        network = _network(spec.name, in_channels=in_channels, image_size=input_size, classes=classes, width=width)
+        network = _network(spec, in_channels=in_channels, image_size=input_size, classes=classes, width=width)
     first: nn.Module = Normalize(mean, std)
     if input_size > image_size:
         first = nn.Sequential(Enlarge(image_size, input_size), first)
@@ -91,6 +93,9 @@ def _refuse_unfit(spec: ModelSpec, *, in_channels: int, image_size: int) -> None
     if spec.width is not None and spec.name not in _WIDTHS:
         rule = f"no width but for {', '.join(_WIDTHS)}"
         raise SpecError(refusal(rule, "model.width", spec.width, f"model.name={spec.name}"))
+    if spec.shortcut is not ShortcutStart.ACTIVATION and spec.name not in _PREACT:
+        rule = f"no shortcut but for {', '.join(_PREACT)}"
+        raise SpecError(refusal(rule, "model.shortcut", spec.shortcut, f"model.name={spec.name}"))
     smallest = _SMALLEST_IMAGE[spec.name]
     if image_size < smallest:
         rule = f"images of at least {smallest}x{smallest} pixels"
@@ -99,8 +104,8 @@ def _refuse_unfit(spec: ModelSpec, *, in_channels: int, image_size: int) -> None
         raise SpecError(refusal("images of 3 channels", "in_channels", in_channels, f"model.name={spec.name}"))
 
 
-def _network(name: ModelName, *, in_channels: int, image_size: int, classes: int, width: int) -> nn.Module:
-    match name:
+def _network(spec: ModelSpec, *, in_channels: int, image_size: int, classes: int, width: int) -> nn.Module:
+    match spec.name:
         case ModelName.SMALL_CNN:
             return small_cnn.small_cnn(in_channels=in_channels, image_size=image_size, classes=classes, width=width)
         case ModelName.RESNET8:
@@ -108,9 +113,9 @@ def _network(name: ModelName, *, in_channels: int, image_size: int, classes: int
         case ModelName.RESNET20:
             return resnet.resnet(blocks=3, in_channels=in_channels, classes=classes, width=width)
         case ModelName.PREACT_RESNET18:
-            return preact.preact_resnet18(in_channels=in_channels, classes=classes)
+            return preact.preact_resnet18(in_channels=in_channels, classes=classes, shortcut=spec.shortcut)
         case ModelName.WIDE_RESNET28_10:
-            return preact.wide_resnet28_10(in_channels=in_channels, classes=classes)
+            return preact.wide_resnet28_10(in_channels=in_channels, classes=classes, shortcut=spec.shortcut)
         case ModelName.RESNET50:
             # torchvision takes seconds to import and only this family needs it
             from torchvision.models import resnet50
