@@ -24,6 +24,7 @@ CHANGED: dict[str, object] = {
     "model.name": "resnet20",
     "model.width": 24,
     "model.input_size": 64,
+    "model.shortcut": "input",
     "data.name": "cifar100",
     "data.split": "own",
     "data.image_size": 224,

@@ -169,9 +169,9 @@ def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
 def _refuse_other_model(checkpoint: Checkpoint, spec: JobSpec) -> None:
     theirs, ours = (each.model.model_dump(mode="json") for each in (checkpoint.spec, spec))
     if ours != theirs:
-        changed = [key for key in ours if ours[key] != theirs[key]]
-        told, rule = (", ".join(f"model.{key}={of[key]}" for key in changed) for of in (ours, theirs))
-        raise SpecError(refusal(f"the checkpoint's model ({rule})", "model", told, str(checkpoint.path)))
+        key = next(key for key in ours if ours[key] != theirs[key])
+        rule = f"model.{key}={theirs[key]} as in the checkpoint"
+        raise SpecError(refusal(rule, f"model.{key}", ours[key], str(checkpoint.path)))
 
 
 def _refuse_other_logits(opened: TrainedModel) -> None:

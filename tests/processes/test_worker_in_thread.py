@@ -204,7 +204,7 @@ def test_a_checkpoint_is_not_evaluated_on_data_or_with_a_model_that_it_was_not_m
 
     with pytest.raises(SpecError, match=r"1x8x8 pixels, 10 classes.*got data=3x16x16 pixels, 2 classes"):
         evaluated("data.name=imagefolder", data=image_folder(tmp_path))
-    with pytest.raises(SpecError, match=r"model \(small_cnn, width=None\), got model=small_cnn, width=3"):
+    with pytest.raises(SpecError, match=r"expected model\.width=None as in the checkpoint, got model\.width=3"):
         evaluated("model.width=3")
 
 
