@@ -176,7 +176,8 @@ def main(
 ) -> None:
     """Ends with 1 where somebody disagrees."""
     torch.set_num_threads(threads)
-    under_attack, smoothed = [], []
+    under_attack: list[Attacked] = []
+    smoothed: list[Certified] = []
     with errors(as_json=False, process="agreement"):
         for folder in runs:
             opened = open_model(str(folder))
@@ -188,7 +189,7 @@ def main(
                 under_attack.append(attacked(name, opened, limit, threads))
     _table(["run", "images", "TA %", f"PGD-{STEPS} %", "foolbox %", "AutoAttack %", "agree"], under_attack)
     _table(["run", "images", *(f"at {r}, % ours / direct" for r in RADII), "agree"], smoothed)
-    if not all(row.holds for row in (*under_attack, *smoothed)):
+    if not all([row.holds for row in under_attack] + [row.holds for row in smoothed]):
         raise typer.Exit(1)
 
 

@@ -20,9 +20,11 @@ from common.errors import DataError, SpecError, refusal
 from worker.checkpoint import TENSORS, find_checkpoint, load_checkpoint
 from worker.data import Dataset
 from worker.local_files import refuse_unfit_init, sha256_of
+from worker.models import draw_linear
+from worker.randomness import Purpose
 from worker.record import describe_classes
 from worker.replica import has_average, model_tensors
-from worker.transfer import Initialized, initialize, listed
+from worker.transfer import Initialized, head_of, initialize, listed
 
 _SAFETENSORS, _TORCH = frozenset({".safetensors"}), frozenset({".pt", ".pth", ".tar"})
 _NESTS = ("state_dict", "model", "net", "model_state_dict")
@@ -49,16 +51,24 @@ class Weights:
     classes: str | None
     averaged: bool = False
 
-    def give(self, model: nn.Module, spec: TransferSpec, dataset: Dataset) -> Initialized:
-        """Initializes a model of ours.
+    def give(self, model: nn.Module, spec: TransferSpec, dataset: Dataset, seed: int) -> Initialized:
+        """Initializes a model of ours; a new head is drawn from a stream of the job's `seed` and the weights' file.
+
+        It may not be the head that `build_model` has drawn: with the seed of the training that the weights come from,
+        this would be the one that their features grew up with, and each new class would begin as an old one.
 
         Raises:
             DataError: see `initialize`.
         """
         others = self.classes is not None and self.classes != describe_classes(dataset)
-        return initialize(
+        told = initialize(
             model, self.tensors, spec.head, other_classes=others, source=str(self.source), averaged=self.averaged
         )
+        if told.new:
+            layer = model.get_submodule(head_of(model))
+            assert isinstance(layer, nn.Linear)
+            draw_linear(layer, seed, Purpose.HEAD, int(self.sha256[:16], 16))
+        return told
 
 
 def weights_file(path: Path) -> Path:

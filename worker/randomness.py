@@ -16,6 +16,8 @@ class Purpose(StrEnum):
     """What a stream is for; streams of different purposes are independent."""
 
     PARAMETERS = "parameters"
+    HEAD = "head"
+    """The new head of a model that starts from another training's parameters."""
     PERMUTATION = "permutation"
     LABELED = "labeled"
     """Which samples keep their label."""

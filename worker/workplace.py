@@ -77,7 +77,7 @@ class Workplace:
             return team.divide(plan_layout(tensors, spec))
 
         model = model_for(spec, dataset)
-        initialized = weights.give(model, spec.transfer, dataset) if weights and not checkpoint else None
+        initialized = weights.give(model, spec.transfer, dataset, spec.seed) if weights and not checkpoint else None
         frozen = freeze(model, spec.transfer.freeze)
         model = model.to(device)
         example = dataset.train.images(torch.arange(2)).to(device)

@@ -69,7 +69,7 @@ def test_training_starts_from_the_averages_of_a_run_and_says_so(run: tuple[Path,
     weights = initial_weights(spec, folder)
     assert weights is not None
     model = model_for(SPEC, dataset)
-    told = str(weights.give(model, spec, dataset))
+    told = str(weights.give(model, spec, dataset, 0))
 
     expected, raw = averages(replica), replica.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

@@ -120,7 +120,7 @@ def take(model: nn.Module, file: Path) -> Initialized:
     spec = TransferSpec(init=True)
     weights = initial_weights(spec, file)
     assert weights is not None
-    return weights.give(model, spec, dataset_of(JobSpec()))
+    return weights.give(model, spec, dataset_of(JobSpec()), 0)
 
 
 def saved(network: nn.Module, folder: Path, prefix: str = "") -> Path:

@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import Head, ModelSpec, OptimizerSpec, TransferSpec
+from common.config import Head, JobSpec, ModelSpec, OptimizerSpec, TransferSpec
 from common.errors import DataError, SpecError
+from tests.local.support import dataset_of
 from worker.local_files import sha256_of
 from worker.models import averaged_buffers, build_model
 from worker.models.enlarge import Enlarge
 from worker.models.fixed_norm import FixedBatchNorm
 from worker.objectives import correct
-from worker.pretrained import initial_weights, read_weights, weights_file
+from worker.pretrained import Weights, initial_weights, read_weights, weights_file
 from worker.readiness import backward_order
 from worker.replica import Replica
 from worker.transfer import freeze, head_of, initialize
@@ -88,6 +89,25 @@ def test_the_head_is_drawn_anew_where_it_must_be_or_is_asked_for(
     assert ("head drawn anew: 8.weight, 8.bias" in text) is drawn
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, before[name] if drawn and name in HEAD else theirs[name])
+
+
+def new_head(seed: int, sha256: str) -> Tensor:
+    ours, weights = model(seed=seed), state(worn(seed=seed))
+    given = Weights(source=Path("theirs.pth"), sha256=sha256, tensors=weights, classes=None)
+    told = given.give(ours, TransferSpec(init=True, head=Head.NEW), dataset_of(JobSpec()), seed)
+    assert told.new == HEAD
+    return ours.get_parameter(HEAD[0]).detach()
+
+
+def test_a_new_head_is_a_stream_of_the_seed_and_the_file_and_not_the_head_that_their_training_began_with() -> None:
+    before = torch.get_rng_state()
+    first = new_head(5, "ab" * 32)
+    assert torch.equal(first, new_head(5, "ab" * 32))
+    for other in (new_head(6, "ab" * 32), new_head(5, "cd" * 32), model(seed=5).get_parameter(HEAD[0])):
+        assert abs(torch.corrcoef(torch.stack([first.flatten(), other.detach().flatten()]))[0, 1]) < 0.4
+    bound = first.shape[1] ** -0.5
+    assert 0.8 * bound < first.abs().max() <= bound  # uniform, as torch draws it
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_head_that_the_file_lacks_is_drawn_anew_and_what_has_no_place_is_told() -> None:

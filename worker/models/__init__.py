@@ -16,7 +16,7 @@ from worker.models.fixed_norm import fixed_statistics
 from worker.models.normalize import Normalize
 from worker.randomness import Purpose, stream_seed
 
-__all__ = ["Normalize", "averaged_buffers", "build_model"]
+__all__ = ["Normalize", "averaged_buffers", "build_model", "draw_linear"]
 
 _SMALLEST_IMAGE = {
     ModelName.SMALL_CNN: 8,
@@ -77,6 +77,13 @@ def build_model(
     if input_size > image_size:
         first = nn.Sequential(Enlarge(image_size, input_size), first)
     return nn.Sequential(first, network)  # the network's names do not depend on what is before it
+
+
+def draw_linear(layer: nn.Linear, seed: int, purpose: Purpose, *counters: int) -> None:
+    """Initializes a layer again, in place, from a stream of its own."""
+    with _LENDING, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed(seed, purpose, *counters))
+        layer.reset_parameters()
 
 
 def averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
