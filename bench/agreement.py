@@ -1,11 +1,11 @@
 """Whether what we say of a trained model is what others say of it, on the same test images.
 
-    python -m bench.agreement RUN ... [--limit N]
+    python -m bench.agreement RUN ... [--autoattack-images N]
 
 Robust accuracy under PGD-20 as `datps evaluate` finds it, beside that of foolbox's attack with the same radius, steps
-and step size, and beside AutoAttack. Of a smoothed model, the certified accuracy as `datps certify` finds it beside
-that of a direct computation: other noise, another function for the confidence bound. Needs the extras `test` and
-`eval`.
+and step size; and on some of the images beside AutoAttack. Of a smoothed model, the certified accuracy as `datps
+certify` finds it beside that of a direct computation: other noise, another function for the confidence bound. Needs the
+extras `test` and `eval`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,23 @@ class Attacked:
     clean: float
     ours: float
     foolbox: float
-    autoattack: float | None
-    """None where the data have too few classes for the suite."""
+    fewer: tuple[int, float, float] | None
+    """How many images AutoAttack was run on, and the accuracy on them under ours and under AutoAttack; None where the
+    data have too few classes for the suite."""
 
     @property
     def holds(self) -> bool:
         near = abs(self.ours - self.foolbox) <= WITHIN_POINTS / 100
-        return near and (self.autoattack is None or self.autoattack <= self.ours)
+        return near and (self.fewer is None or self.fewer[2] <= self.fewer[1])
 
     def row(self) -> str:
         """Of the Markdown table."""
-        autoattack = "" if self.autoattack is None else f"{100 * self.autoattack:.1f}"
         cells = [self.name, str(self.samples), *(f"{100 * each:.1f}" for each in (self.clean, self.ours, self.foolbox))]
-        return _line([*cells, autoattack, "yes" if self.holds else "NO"])
+        few = ["", "", ""]
+        if self.fewer is not None:
+            count, ours, autoattack = self.fewer
+            few = [str(count), f"{100 * ours:.1f}", f"{100 * autoattack:.1f}"]
+        return _line([*cells, *few, "yes" if self.holds else "NO"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Certified:
 
 
 def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -> Attacked:
-    """All three accuracies under attack.
+    """All accuracies under attack; `limit`: images for AutoAttack.
 
     Raises:
         SpecError: the model was not trained for a ball in the l-infinity norm.
@@ -92,20 +96,21 @@ def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -
     if attack.norm is not AttackNorm.LINF:
         raise SpecError(refusal("models of attack.norm=linf", "attack.norm", attack.norm, name))
     epsilon = attack.epsilon
-    many = len(opened.dataset.classes) >= LEAST_CLASSES
-    ours = f"pgd:{STEPS}"
-    attacks = [ours, "autoattack"] if many else [ours]
-    result = evaluate_model(opened.name, attacks=attacks, limit=limit, threads=threads)
-    accuracies = [float(each["robust_accuracy"]) for each in result["attacks"]]
-    test = opened.dataset.test
-    indices = torch.tensor(choose(opened.dataset, limit, opened.spec.seed))
+    ours, test = f"pgd:{STEPS}", opened.dataset.test
+    result = evaluate_model(opened.name, attacks=[ours], threads=threads)
+    fewer: tuple[int, float, float] | None = None
+    if len(opened.dataset.classes) >= LEAST_CLASSES:
+        some = evaluate_model(opened.name, attacks=[ours, "autoattack"], limit=limit, threads=threads)
+        weaker, stronger = (float(each["robust_accuracy"]) for each in some["attacks"])
+        fewer = (int(some["samples"]), weaker, stronger)
+    indices = torch.arange(len(test.labels))
     return Attacked(
         name=name,
         samples=len(indices),
         clean=float(result["clean_accuracy"]),
-        ours=accuracies[0],
+        ours=float(result["robust_accuracy"]),
         foolbox=foolbox_accuracy(opened, test.images(indices), test.labels[indices], epsilon),
-        autoattack=accuracies[1] if many else None,
+        fewer=fewer,
     )
 
 
@@ -171,7 +176,9 @@ def _table(heads: Sequence[str], rows: Sequence[Attacked | Certified]) -> None:
 
 def main(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of trained models.")],
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many test images, drawn by the seed.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--autoattack-images", min=1, help="So many test images; all if absent.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; small models are fastest with one.")] = 1,
 ) -> None:
     """Ends with 1 where somebody disagrees."""
@@ -184,10 +191,11 @@ def main(
             name = "/".join(folder.parts[-3:])
             Console(stderr=True).print(name, markup=False)
             if opened.spec.smoothing.noise_std > 0:
-                smoothed.append(certified(name, opened, limit))
+                smoothed.append(certified(name, opened, None))
             else:
                 under_attack.append(attacked(name, opened, limit, threads))
-    _table(["run", "images", "TA %", f"PGD-{STEPS} %", "foolbox %", "AutoAttack %", "agree"], under_attack)
+    few = ("images", f"PGD-{STEPS} %", "AutoAttack %")
+    _table(["run", "images", "TA %", f"PGD-{STEPS} %", "foolbox %", *few, "agree"], under_attack)
     _table(["run", "images", *(f"at {r}, % ours / direct" for r in RADII), "agree"], smoothed)
     if not all([row.holds for row in under_attack] + [row.holds for row in smoothed]):
         raise typer.Exit(1)
