@@ -109,8 +109,10 @@ def in_words(verdict: Verdict) -> str:
 def _verdict(check: CheckSpec, line: Line, other: Line) -> Verdict:
     if check.within is Within.SPREAD:
         how = "within the spread of"
+    elif check.gap:
+        how = f"{check.gap:g} points above"
     else:
-        how = f"{check.gap:g} points above" if check.gap else f"at most {check.within:g} points below"
+        how = f"at most {check.within:g} points below" if check.within else "no lower than"
     rule = f"{check.of.replace('_', ' ')} of {line.row!r} {how} {other.row!r}"
     if check.of not in line.figures or check.of not in other.figures:
         return Verdict(rule=rule, found=None, least=None, holds=False)

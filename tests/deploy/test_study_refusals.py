@@ -139,7 +139,7 @@ def test_a_figure_that_nobody_has_measured_does_not_hold() -> None:
     unmeasured, measured = verdicts_of(spec, lines)
     assert (unmeasured.found, unmeasured.least, unmeasured.holds) == (None, None, False)
     assert (measured.found, measured.holds) == (0.6, True)
-    told = "validation robust accuracy of '4 bits' at most 0 points below '32 bits': not measured: DOES NOT HOLD\n"
+    told = "validation robust accuracy of '4 bits' no lower than '32 bits': not measured: DOES NOT HOLD\n"
     assert told in document_of(spec, lines, [unmeasured, measured])
 
 
