@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import JobSpec
-from common.errors import EXIT_INTERRUPTED, DatpsError, SpecError, refusal
+from common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DatpsError, SpecError, refusal
 from common.events import Emitter
 from common.spec_sources import ENVIRONMENT_PREFIX, load_job_spec
 from deploy import recipes
@@ -177,7 +179,7 @@ def job_spec_of(
 
 @contextmanager
 def errors(as_json: bool, process: str) -> Iterator[None]:
-    """A user's mistake ends with words and its exit code, Ctrl-C with 130; neither with a traceback."""
+    """A user's mistake ends with words and its exit code, Ctrl-C with 130, `Terminated` with 143; no tracebacks."""
     try:
         yield
     except DatpsError as error:
@@ -186,8 +188,28 @@ def errors(as_json: bool, process: str) -> Iterator[None]:
         else:
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except Terminated:
+        raise typer.Exit(EXIT_TERMINATED) from None
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come; whoever ends well on Ctrl-C does so on this."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises `Terminated` meanwhile; for commands that wait for other processes, in the main thread."""
+
+    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_pairs(result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from common.errors import SpecError, refusal
-from deploy.options import DataOption, DeviceOption, JsonOption, errors
+from deploy.options import DataOption, DeviceOption, JsonOption, errors, sigterm_interrupts
 
 
 def study(
@@ -24,9 +24,10 @@ def study(
 ) -> None:
     """Train every row of a study with every seed, judge the models and print the table.
 
-    What is done is not done again: after an interruption the same command goes on.
+    What is done is not done again: after an interruption the same command goes on. Ctrl-C and SIGTERM let the
+    training at hand save what it has.
     """
-    with errors(as_json, "study"):
+    with errors(as_json, "study"), sigterm_interrupts():
         from deploy.studies.plan import read_study, runs_of
         from deploy.studies.run import Places, Study, as_json_text, document_of
 

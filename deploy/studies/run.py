@@ -69,7 +69,8 @@ class Places:
 def execute(command: Sequence[str], log: Path) -> int:
     """See `Execute`; without the `DATPS_*` variables, which would make it another study.
 
-    Ctrl-C reaches the command as SIGTERM, and its end is waited for; a second one kills it.
+    Ctrl-C (in `datps study` SIGTERM, too) reaches the command as SIGTERM, and its end is waited for; a second one
+    kills it.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
     log.parent.mkdir(parents=True, exist_ok=True)
