@@ -2,8 +2,8 @@
 
 A message of a stream that uses it is as any other but for its payload, which is empty: it lies in the bucket's slot.
 There is a slot for every bucket of the shard, each way, for even and for odd rounds. That is enough: a server keeps the
-averages of the open round and of the last one, and a worker contributes to a round when it has the averages of the
-one before, so nobody reads what is written two rounds later. The messages themselves order the accesses.
+averages of a round until every worker has contributed to the next one, and a worker does so when it has them. So nobody
+reads what is written two rounds later. The messages themselves order the accesses.
 """
 
 from __future__ import annotations

@@ -5,16 +5,18 @@ Rules (docs/protocol.md explains them):
  1. One round is open at a time. It closes when every bucket's average has been published, which takes one
     contribution of each of the M workers to each bucket; then the next one opens. The first Hello says which is first.
  2. (view, round, bucket, worker_index) names a contribution. The first copy counts, later ones do not: a copy of a
-    contribution whose bucket is published is answered with that average, any other copy is ignored.
+    contribution whose bucket's average is kept is answered with it, any other copy is ignored.
  3. Contributions are added in order of worker_index; one that comes before its turn is held. Where any order gives the
     same bits (`any_order`: sums of integers, maxima), each is added as it comes.
  4. A contribution to a closed round before the last, or to a round that is not open yet, is refused. So is one of
-    another view or to a bucket of another shard. A refusal changes nothing.
+    another view or to a bucket of another shard, and a Hello that needs averages which are kept no more. A refusal
+    changes nothing.
  5. All contributions of one round carry the same parameter digest. The first one that differs fails the job and names
     both workers.
  6. A bucket is published once its last contribution has been added; where the average's scales span the shard, all of
     the shard's compressed buckets are published together, after the last of them.
- 7. The averages of the open round and of the last closed one are kept: a worker can be at most one round behind.
+ 7. The averages of the open round are kept, those of the last closed one until every worker has contributed to the open
+    one: it does so when it has all of them. So a worker can be at most one round behind.
  8. A worker that ends without a Goodbye, or with a failure, fails the job; so does one that says Goodbye while a round
     that has begun still needs it. One that was told of another's failure passes it on and is not named as its cause.
     When all have said Goodbye, the job is finished.
@@ -237,7 +239,7 @@ class Rounds:
         self._workers = len(config.worker_ids)
         self._known = frozenset(config.buckets)
         self._endings: dict[int, Ending] = {}
-        self._has_closed = False
+        self._keeps_last = False
         self._open(now_s)
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -267,6 +269,7 @@ class Rounds:
 
     def _open(self, now_s: float) -> None:
         self._buckets = {number: _Bucket() for number in self.config.buckets}
+        self._begun: set[int] = set()
         self._digest: tuple[int, bytes] | None = None
         self._opened_s = now_s
         self._reported_s = now_s
@@ -278,7 +281,7 @@ class Rounds:
         worker = event.worker_index
         if event.round == self.round:
             published = [n for n, bucket in self._buckets.items() if bucket.published]
-        elif event.round == self.round - 1 and self._has_closed:
+        elif event.round == self.round - 1 and self._keeps_last:
             published = list(self._known)
         else:
             rule = f"round={self.round}, which is open"
@@ -294,10 +297,10 @@ class Rounds:
         why_not = self._view_refusal(worker, event.view, event.round, number) or self._place_refusal(event)
         if why_not:
             return [why_not]
-        if event.round < self.round or self._buckets[number].published:
-            return [SendAverage(worker_index=worker, round=event.round, bucket=number)]
         bucket = self._buckets[number]
-        if worker in bucket.received:
+        if self._keeps_last if event.round < self.round else bucket.published:
+            return [SendAverage(worker_index=worker, round=event.round, bucket=number)]
+        if event.round < self.round or worker in bucket.received:
             return [Ignore(worker_index=worker, round=event.round, bucket=number)]
         mismatch = self._digest_mismatch(event)
         if mismatch:
@@ -306,12 +309,22 @@ class Rounds:
         deserted = self._deserted() if self._endings else []
         if deserted:
             return deserted
-        effects = self._adds(bucket, worker, number)
+        effects = [*self._forget(worker), *self._adds(bucket, worker, number)]
         if bucket.added == self._workers:
             effects += self._publish(number)
         if all(b.published for b in self._buckets.values()):
-            effects += self._close(now_s)
+            self.round += 1
+            self._keeps_last = True
+            self._open(now_s)
         return effects
+
+    def _forget(self, worker: int) -> list[Effect]:
+        """What nobody needs now that this worker has begun the open round (rule 7)."""
+        self._begun.add(worker)
+        if not self._keeps_last or len(self._begun) < self._workers:
+            return []
+        self._keeps_last = False
+        return [Forget(round=self.round - 1)]
 
     def _adds(self, bucket: _Bucket, worker: int, number: int) -> list[Effect]:
         """What can be added now that this worker's contribution is there (rule 3)."""
@@ -335,13 +348,6 @@ class Rounds:
             self._buckets[n].published = True
         return [Publish(round=self.round, buckets=group)]
 
-    def _close(self, now_s: float) -> list[Effect]:
-        forget: list[Effect] = [Forget(round=self.round - 1)] if self._has_closed else []
-        self._has_closed = True
-        self.round += 1
-        self._open(now_s)
-        return forget
-
     def _view_refusal(self, worker: int, view: int, round_: int, bucket: int) -> Refuse | None:
         if view == self.config.view:
             return None
@@ -355,7 +361,7 @@ class Rounds:
             text, why = refusal(rule, "bucket", event.bucket, self._name(worker)), Why.BUCKET
         elif event.round > self.round:
             text, why = refusal(f"round={self.round}, which is open", "round", event.round, context), Why.ROUND
-        elif event.round < self.round - 1 or (event.round < self.round and not self._has_closed):
+        elif event.round < max(self.round - 1, self.config.first_round):
             text, why = refusal(f"round={self.round}; that one is closed", "round", event.round, context), Why.ROUND
         else:
             return None

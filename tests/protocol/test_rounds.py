@@ -121,11 +121,11 @@ def test_one_worker_alone_closes_rounds() -> None:
     third = run(rounds, contribution(0, 0, round_=2))
     assert first == [Add(worker_index=0, round=0, bucket=0, first=True), Publish(round=0, buckets=(0,))]
     assert second == [
+        Forget(round=0),
         Add(worker_index=0, round=1, bucket=0, first=True),
         Publish(round=1, buckets=(0,)),
-        Forget(round=0),
     ]
-    assert third[-1] == Forget(round=1)
+    assert third[0] == Forget(round=1)
 
 
 def test_welcome_names_exactly_what_the_worker_has_not_contributed() -> None:
@@ -286,7 +286,7 @@ def test_digest_may_change_from_round_to_round() -> None:
     """Rule 5: "All contributions of one round"."""
     rounds = machine(workers=1, buckets=[4])
     run(rounds, contribution(0, 4, digest=b"\x01"))
-    assert run(rounds, contribution(0, 4, round_=1, digest=b"\x02"))[0] == Add(
+    assert run(rounds, contribution(0, 4, round_=1, digest=b"\x02"))[1] == Add(
         worker_index=0, round=1, bucket=4, first=True
     )
 
@@ -321,15 +321,30 @@ def test_buckets_with_common_scales_are_published_together_after_the_last_of_the
     assert rounds.round == 1
 
 
-# Rule 7: Two rounds of averages are kept
+# Rule 7: Which averages are kept
 
 
-def test_averages_of_the_round_before_the_last_are_forgotten_when_a_round_closes() -> None:
-    """Rule 7: "The averages of the open round and of the last closed one are kept"."""
-    rounds = machine()
+def test_averages_of_the_last_round_are_forgotten_once_every_worker_has_begun_the_open_one() -> None:
+    """Rule 7: "those of the last closed one until every worker has contributed to the open one"."""
+    rounds = machine(workers=3)
     assert [e for e in close_round(rounds) if isinstance(e, Forget)] == []
-    assert close_round(rounds)[-1] == Forget(round=0)
-    assert close_round(rounds)[-1] == Forget(round=1)
+    assert run(rounds, contribution(2, 4, round_=1)) == [Hold(worker_index=2, bucket=4)]
+    assert run(rounds, contribution(0, 5, round_=1)) == [Add(worker_index=0, round=1, bucket=5, first=True)]
+    assert run(rounds, contribution(1, 4, round_=1)) == [Forget(round=0), Hold(worker_index=1, bucket=4)]
+    assert [e for e in close_round(rounds) if isinstance(e, Forget)] == []
+    assert [e for e in close_round(rounds) if isinstance(e, Forget)] == [Forget(round=1)]
+
+
+def test_what_is_forgotten_is_not_asked_for_again() -> None:
+    """Rules 2 and 7: a late copy is ignored; a Hello that needs what every worker has had is refused."""
+    rounds = machine()
+    close_round(rounds)
+    late = contribution(0, 4, round_=0)
+    assert run(rounds, late) == [SendAverage(worker_index=0, round=0, bucket=4)]
+    run(rounds, contribution(0, 4, round_=1), contribution(1, 5, round_=1))
+    assert run(rounds, late) == [Ignore(worker_index=0, round=0, bucket=4)]
+    text = "expected round=1, which is open, got round=0 (Hello of ann)"
+    assert refusals(run(rounds, hello(0, round_=0))) == [(Why.ROUND, text)]
 
 
 def test_hello_in_the_open_round_gets_what_is_published_of_it() -> None:

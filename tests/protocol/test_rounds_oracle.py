@@ -65,6 +65,11 @@ class Oracle:
     def missing(self, worker: int) -> tuple[int, ...]:
         return tuple(b for b in self.config.buckets if (self.open_round, b, worker) not in self.received)
 
+    def keeps(self, round_: int) -> bool:
+        """Rule 7: until there is a contribution of every worker to the next round."""
+        begun = {worker for of_round, _, worker in self.received if of_round == round_ + 1}
+        return round_ >= self.config.first_round and len(begun) < len(self.config.worker_ids)
+
     def effects(self, event: Event) -> list[Effect]:
         """What rules 1 to 7 demand; the texts of refusals and failures are left empty."""
         if self.failed:
@@ -78,7 +83,7 @@ class Oracle:
         worker, round_, open_round = event.worker_index, event.round, self.open_round
         if event.view != self.config.view:
             return [Refuse(worker_index=worker, why=Why.VIEW, text="", round=round_)]
-        if round_ not in (open_round, open_round - 1) or round_ < self.config.first_round:
+        if round_ != open_round and not (round_ == open_round - 1 and self.keeps(round_)):
             return [Refuse(worker_index=worker, why=Why.ROUND, text="", round=round_)]
         again = [
             SendAverage(worker_index=worker, round=round_, bucket=bucket)
@@ -98,25 +103,22 @@ class Oracle:
             why = Why.ROUND
         if why:
             return [Refuse(worker_index=worker, why=why, text="", round=round_, bucket=bucket)]
-        if self.published(round_, bucket):
+        if self.published(round_, bucket) and self.keeps(round_):
             return [SendAverage(worker_index=worker, round=round_, bucket=bucket)]
         if (round_, bucket, worker) in self.received:
             return [Ignore(worker_index=worker, round=round_, bucket=bucket)]
         if self.digests.setdefault(round_, event.parameter_digest) != event.parameter_digest:
             self.failed = True
             return [Fail(text="", worker_indices=(), retry=False)]
-        before = self.added(round_, bucket)
+        kept, before = self.keeps(round_ - 1), self.added(round_, bucket)
         self.received.add((round_, bucket, worker))
         after = self.added(round_, bucket)
+        effects: list[Effect] = [Forget(round=round_ - 1)] if kept and not self.keeps(round_ - 1) else []
         if before == after:
-            return [Hold(worker_index=worker, bucket=bucket)]
-        effects: list[Effect] = [
-            Add(worker_index=w, round=round_, bucket=bucket, first=w == 0) for w in range(before, after)
-        ]
+            return [*effects, Hold(worker_index=worker, bucket=bucket)]
+        effects += [Add(worker_index=w, round=round_, bucket=bucket, first=w == 0) for w in range(before, after)]
         if self.published(round_, bucket):
             effects.append(Publish(round=round_, buckets=self.group(bucket)))
-        if self.open_round > round_ > self.config.first_round:
-            effects.append(Forget(round=round_ - 1))
         return effects
 
 
