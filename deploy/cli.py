@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import textwrap
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import JobSpec
-from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED
+from common.errors import EXIT_INTERRUPTED, EXIT_RETRY, EXIT_TERMINATED, SpecError, refusal
 from common.events import Emitter
-from common.spec_sources import load_job_spec
+from common.spec_sources import load_job_spec, spec_keys
 from deploy import recipes, runs
 from deploy.bench_cli import bench_app
 from deploy.certify_cli import certify
@@ -292,6 +293,26 @@ def _show_recipe(name: str, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps({**described, "job_spec": spec.model_dump(mode="json")}))
         else:
             typer.echo(found.text, nl=False)
+
+
+@recipes_app.command("keys")
+def _list_keys(
+    prefix: Annotated[str, typer.Argument(metavar="[PREFIX]", help="Only keys that begin so: attack, codec.b.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Every key of a job with its default and what it means; each can be given with --set."""
+    with errors(as_json, "recipes"):
+        keys = [each for each in spec_keys() if each[0].startswith(prefix)]
+        if not keys:
+            rule = "the beginning of a key"
+            raise SpecError(refusal(rule, "prefix", prefix, "datps recipes keys lists all"))
+        if as_json:
+            typer.echo(json.dumps([{"key": key, "default": default, "help": text} for key, text, default in keys]))
+            return
+        for key, text, default in keys:
+            shown = default if isinstance(default, str) else json.dumps(default)
+            typer.echo(f"{key} = {shown}")
+            typer.echo(textwrap.fill(" ".join(text.split()), 110, initial_indent="    ", subsequent_indent="    "))
 
 
 def _new_run_folder(title: str, out: Path | None) -> Path:

@@ -1,8 +1,9 @@
 """Recipes: named job specs that come with the package, one YAML file each in `recipes/`.
 
 A recipe is a job spec in YAML; its first line is a comment that describes it. `--set` works on top of it. A recipe
-whose second line is `# extends: NAME` holds only what differs from it. Recipes are written one key a line, with the
-source of a value in a comment behind it, so that a whole recipe with all its sources is put together line by line.
+whose second line is `# extends: NAME` holds only what differs from it; `# without: KEY, KEY` below leaves out keys that
+mean nothing in it. Recipes are written one key a line, with the source of a value in a comment behind it, so that a
+whole recipe with all its sources is put together line by line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from common.errors import SpecError, refusal
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT = "digits-dat-pgd"
 _EXTENDS = re.compile(r"# extends: (\S+)")
+_WITHOUT = re.compile(r"# without: (.+)")
 _KEY = re.compile(r"( *)([a-z_0-9]+):(?: (.*))?")
 
 
@@ -54,12 +56,14 @@ def extended(base: str, text: str) -> str:
 
     Args:
         base, text: YAML mappings of one key a line, nested by indentation; comments behind a value belong to it. The
-            comments at the head are those of `text`.
+            comments at the head are those of `text`, then the notes of `base`.
     """
     root = _Section()
-    for document in (base, text):
-        root.take(document)
-    return "".join(f"{line}\n" for line in (*_head(text), *root.lines()))
+    root.take(base)
+    for key in _left_out(text):
+        root.drop(key)
+    root.take(text)
+    return "".join(f"{line}\n" for line in (*_head(text), *_notes(base), *root.lines()))
 
 
 def _read(name: str) -> Recipe:
@@ -96,6 +100,16 @@ class _Section:
                 below = section.keys[key] = _Section()
             open_.append((indent, below))
 
+    def drop(self, key: str) -> None:
+        """Leaves out a dotted key, which must be there."""
+        *sections, last = key.split(".")
+        section = self
+        for name in sections:
+            below = section.keys[name]
+            assert isinstance(below, _Section)
+            section = below
+        del section.keys[last]
+
     def lines(self, indent: str = "") -> list[str]:
         """The section as YAML."""
         lines: list[str] = []
@@ -110,3 +124,16 @@ class _Section:
 def _head(text: str) -> list[str]:
     lines = text.splitlines()
     return lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def _left_out(text: str) -> list[str]:
+    """What `# without:` names."""
+    return [key.strip() for line in _head(text) if (found := _WITHOUT.fullmatch(line)) for key in found[1].split(",")]
+
+
+def _notes(base: str) -> list[str]:
+    """The comments at the head of a recipe that hold for those that extend it, too."""
+    first, *notes = (line for line in _head(base) if not (_EXTENDS.fullmatch(line) or _WITHOUT.fullmatch(line)))
+    while notes and notes[0] == "#":
+        notes = notes[1:]
+    return ["#", f"# What it extends ({first.removeprefix('# ').partition(':')[0]}) says:", *notes] if notes else []

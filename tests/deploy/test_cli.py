@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def test_resuming_reads_the_folder_that_a_link_points_to(calls: list[Any]) -> No
         (["server", "--shard", "1"], "expected shard from 0 to 0 (servers=1), got shard=1"),
         (["server", "--set", "servers=2"], "expected 2 shard addresses (servers=2), got shard_addresses=0"),
         (["recipes", "show", "x"], "expected a known recipe; did you mean"),
+        (["recipes", "keys", "codec.x"], "expected the beginning of a key, got prefix=codec.x"),
         (
             ["worker", "--server", "a:1", "--device", "abacus"],
             "expected a device that torch has here, got device=abacus",
@@ -307,6 +309,16 @@ def test_evaluate_tells_both_accuracies(monkeypatch: pytest.MonkeyPatch) -> None
     assert local.items() <= options.items()
     assert options["environment"] is os.environ
     assert "DATPS_DATA" in options["reserved"]
+
+
+def test_keys_are_listed_with_default_and_help() -> None:
+    told = datps("recipes", "keys", "codec.b").stdout
+    assert told.startswith("codec.bits = 8\n    Bits of one element on the wire")
+    assert re.findall(r"^(\S+) = ", told, re.MULTILINE) == ["codec.bits", "codec.block"]
+    everything = json.loads(datps("recipes", "keys", "--json").stdout)
+    assert [each["key"] for each in everything] == [key for key, _, _ in spec_keys()]
+    assert {each["key"]: each["default"] for each in everything}["optimizer.name"] == "lamb"
+    assert all(len(each["help"]) > 10 for each in everything)
 
 
 def test_recipes_are_listed_and_shown() -> None:

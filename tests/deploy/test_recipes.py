@@ -167,28 +167,63 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def without(job: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """A copy; each dotted key must have been there."""
+    copy = {name: dict(value) if isinstance(value, dict) else value for name, value in job.items()}
+    for key in keys:
+        section, last = key.split(".")
+        del copy[section][last]
+    return copy
+
+
 def test_a_recipe_that_extends_another_has_its_keys_and_the_comments_of_both() -> None:
     base = (
-        "# base\nseed: 0\nmodel:\n  name: resnet8   # small\ncodec:\n  bits: 8   # table 4\n"
-        "evaluation:\n  attack:\n    steps: 5\n"
+        "# base: small\n# extends: root\n#\n# Table 1.\nseed: 0\nmodel:\n  name: resnet8   # small\n"
+        "codec:\n  bits: 8   # table 4\n  scale: l2\nevaluation:\n  attack:\n    steps: 5\n"
     )
     text = (
-        "# ours\n# extends: base\ncodec:\n  bits: 4   # less\n  block: 64\nworkers: 2\nevaluation:\n  every_epochs: 1\n"
+        "# ours\n# extends: base\n# without: codec.scale\n#\n# Table 4.\n"
+        "codec:\n  bits: 4   # less\n  block: 64\nworkers: 2\nevaluation:\n  every_epochs: 1\n"
     )
     whole = recipes.extended(base, text)
     assert whole == (
-        "# ours\n# extends: base\nseed: 0\nmodel:\n  name: resnet8   # small\ncodec:\n  bits: 4   # less\n  block: 64\n"
+        "# ours\n# extends: base\n# without: codec.scale\n#\n# Table 4.\n"
+        "#\n# What it extends (base) says:\n# Table 1.\n"
+        "seed: 0\nmodel:\n  name: resnet8   # small\ncodec:\n  bits: 4   # less\n  block: 64\n"
         "evaluation:\n  attack:\n    steps: 5\n  every_epochs: 1\nworkers: 2\n"
     )
-    assert yaml.safe_load(whole) == merged(yaml.safe_load(base), yaml.safe_load(text))
+    assert yaml.safe_load(whole) == merged(without(yaml.safe_load(base), ["codec.scale"]), yaml.safe_load(text))
 
 
 def test_every_recipe_that_extends_another_means_what_yaml_says() -> None:
     for path in sorted(recipes.FOLDER.glob("*.yaml")):
         text = path.read_text()
-        second = text.splitlines()[1]
+        _, second, third, *_ = text.splitlines()
+        left_out = third.removeprefix("# without: ").split(", ") if third.startswith("# without: ") else []
         if second.startswith("# extends: "):
             base = yaml.safe_load(recipes.recipe(second.removeprefix("# extends: ")).text)
-            assert yaml.safe_load(recipes.recipe(path.stem).text) == merged(base, yaml.safe_load(text)), path.name
+            meant = merged(without(base, left_out), yaml.safe_load(text))
+            assert yaml.safe_load(recipes.recipe(path.stem).text) == meant, path.name
         else:
+            assert not left_out
             assert recipes.recipe(path.stem).text == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_whose_its_numbers_are_and_names_no_key_that_nobody_reads(name: str) -> None:
+    text, spec = recipes.recipe(name).text, job(name)
+    assert "Numbers are ours unless a source is named" in text
+    shown = {
+        f"{section}.{key}" for section, keys in yaml.safe_load(text).items() if isinstance(keys, dict) for key in keys
+    }
+    unread = {
+        *(["attack.steps"] if spec.attack.name == "fgsm" else []),
+        *(["optimizer.momentum", "optimizer.base_batch"] if spec.optimizer.name == "lamb" else []),
+        *(
+            [f"optimizer.{key}" for key in ("beta1", "beta2", "trust_low", "trust_high")]
+            if spec.optimizer.name == "sgd"
+            else []
+        ),
+        *(["schedule.decay_at", "schedule.decay_factor"] if spec.schedule.name != "piecewise" else []),
+    }
+    assert not shown & unread
