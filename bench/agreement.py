@@ -1,6 +1,6 @@
 """Whether what we say of a trained model is what others say of it, on the same test images.
 
-    python -m bench.agreement RUN ... [--autoattack-images N]
+    python -m bench.agreement RUN ... [--data FOLDER] [--starts N] [--autoattack-images N]
 
 Robust accuracy under PGD-20 as `datps evaluate` finds it, beside that of foolbox's attack with the same radius, steps
 and step size, both the mean over random starts; and on some of the images beside AutoAttack. Of a smoothed model, the
@@ -14,6 +14,7 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from common.errors import SpecError, refusal
 from common.inner_spec import AttackNorm
-from deploy.options import errors
+from deploy.options import DataOption, errors
 from deploy.report.paper import RADII
 from worker.certificates import certify_samples, summarize
 from worker.certification import CertificationSettings
@@ -37,8 +38,6 @@ from worker.trained import TrainedModel, open_model
 STEPS = 20
 WITHIN_POINTS = 1.0
 """By how much foolbox's robust accuracy may differ, and a certified accuracy from that of the direct computation."""
-STARTS = 12
-"""Random starts whose mean is compared: one alone moves the accuracy on 360 images by a point."""
 N0, N, ALPHA = 100, 1000, 0.001
 NOISES = 3
 """Seeds of the noise whose mean is compared."""
@@ -91,8 +90,25 @@ class Certified:
         return _line([self.name, str(self.samples), *pairs, "yes" if self.holds else "NO"])
 
 
-def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -> Attacked:
-    """All accuracies under attack; `limit`: images for AutoAttack.
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is compared.
+
+    Attributes:
+        starts: random starts whose mean is compared: one alone moves the accuracy on 360 images by a point.
+        for_autoattack: test images under AutoAttack; all where None.
+        threads: of torch.
+        data: data folder, if the data set needs one.
+    """
+
+    starts: int
+    for_autoattack: int | None
+    threads: int
+    data: Path | None = None
+
+
+def attacked(name: str, opened: TrainedModel, effort: Effort) -> Attacked:
+    """All accuracies under attack.
 
     Raises:
         SpecError: the model was not trained for a ball in the l-infinity norm.
@@ -102,13 +118,11 @@ def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -
         raise SpecError(refusal("models of attack.norm=linf", "attack.norm", attack.norm, name))
     epsilon = attack.epsilon
     ours, test = f"pgd:{STEPS}", opened.dataset.test
-    results = [
-        evaluate_model(opened.name, attacks=[ours], settings=[f"seed={seed}"], threads=threads)
-        for seed in range(STARTS)
-    ]
+    evaluate = partial(evaluate_model, opened.name, threads=effort.threads, data=effort.data)
+    results = [evaluate(attacks=[ours], settings=[f"seed={seed}"]) for seed in range(effort.starts)]
     fewer: tuple[int, float, float] | None = None
     if len(opened.dataset.classes) >= LEAST_CLASSES:
-        some = evaluate_model(opened.name, attacks=[ours, "autoattack"], limit=limit, threads=threads)
+        some = evaluate(attacks=[ours, "autoattack"], limit=effort.for_autoattack)
         weaker, stronger = (float(each["robust_accuracy"]) for each in some["attacks"])
         fewer = (int(some["samples"]), weaker, stronger)
     indices = torch.arange(len(test.labels))
@@ -119,7 +133,7 @@ def attacked(name: str, opened: TrainedModel, limit: int | None, threads: int) -
         ours=statistics.mean(float(result["robust_accuracy"]) for result in results),
         foolbox=statistics.mean(
             foolbox_accuracy(opened, test.images(indices), test.labels[indices], epsilon, seed)
-            for seed in range(STARTS)
+            for seed in range(effort.starts)
         ),
         fewer=fewer,
     )
@@ -193,21 +207,24 @@ def main(
     limit: Annotated[
         int | None, typer.Option("--autoattack-images", min=1, help="So many test images; all if absent.")
     ] = None,
+    starts: Annotated[int, typer.Option("--starts", min=1, help="Random starts whose mean is compared.")] = 12,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; small models are fastest with one.")] = 1,
+    data: DataOption = None,
 ) -> None:
     """Ends with 1 where somebody disagrees."""
     torch.set_num_threads(threads)
+    effort = Effort(starts=starts, for_autoattack=limit, threads=threads, data=data)
     under_attack: list[Attacked] = []
     smoothed: list[Certified] = []
     with errors(as_json=False, process="agreement"):
         for folder in runs:
-            opened = open_model(str(folder))
+            opened = open_model(str(folder), data=data)
             name = "/".join(folder.parts[-3:])
             Console(stderr=True).print(name, markup=False)
             if opened.spec.smoothing.noise_std > 0:
                 smoothed.append(certification(name, opened, None))
             else:
-                under_attack.append(attacked(name, opened, limit, threads))
+                under_attack.append(attacked(name, opened, effort))
     few = ("images", f"PGD-{STEPS} %", "AutoAttack %")
     _table(["run", "images", "TA %", f"PGD-{STEPS} %", "foolbox %", *few, "agree"], under_attack)
     _table(["run", "images", *(f"at {r}, % ours / direct" for r in RADII), "agree"], smoothed)
