@@ -19,7 +19,7 @@ VARIANTS: dict[str, CodecSpec] = {
     "none": CodecSpec(name=CodecName.NONE),
     "bf16": CodecSpec(name=CodecName.BF16),
     "fp16": CodecSpec(name=CodecName.FP16),
-    **{f"randomized {bits}": CodecSpec(bits=bits) for bits in (8, 4, 3, 2)},
+    **{f"randomized {bits}": CodecSpec(bits=bits) for bits in (16, 8, 6, 5, 4, 3, 2)},
     "paper 8": CodecSpec(name=CodecName.PAPER, bits=8),
     **{f"rotated {bits}": CodecSpec(name=CodecName.ROTATED, bits=bits) for bits in (4, 3, 2, 1)},
     **{f"shared {bits}": CodecSpec(name=CodecName.SHARED, bits=bits) for bits in (8, 4, 3)},
