@@ -36,12 +36,19 @@ CodecOption = Annotated[
         show_default=False,
     ),
 ]
+_TOPOLOGIES = (
+    "colocated (a shard on each worker's node), dedicated:S (S servers on nodes of their own), collective "
+    "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated. "
+)
 TopologyOption = Annotated[
+    list[str] | None,
+    typer.Option("--topology", help=f"{_TOPOLOGIES}[default: dedicated:SERVERS]", show_default=False),
+]
+NetworkTopologyOption = Annotated[
     list[str] | None,
     typer.Option(
         "--topology",
-        help="colocated (a shard on each worker's node), dedicated:S (S servers on nodes of their own), collective "
-        "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated.",
+        help=f"{_TOPOLOGIES}[default: colocated, dedicated:1, collective; the last not with codec shared]",
         show_default=False,
     ),
 ]
@@ -104,7 +111,7 @@ def network(
         list[str] | None,
         typer.Option(help="Of every link, each way; may be repeated. [default: 1gbit]", show_default=False),
     ] = None,
-    topology: TopologyOption = None,
+    topology: NetworkTopologyOption = None,
     codec: CodecOption = None,
     elements: ElementsOption = None,
     rounds: RoundsOption = 5,
@@ -119,7 +126,7 @@ def network(
     _run(
         as_json,
         workers=nodes,
-        topologies=topology or ["colocated", "dedicated:1"],
+        topologies=topology,
         codecs=codec,
         rates=rate or ["1gbit"],
         gloo=gloo,
@@ -134,7 +141,7 @@ def _run(
     as_json: bool,
     *,
     workers: int,
-    topologies: list[str],
+    topologies: list[str] | None,
     codecs: list[str] | None,
     rates: list[str] | None,
     gloo: bool,
@@ -148,12 +155,13 @@ def _run(
         from bench.measure import Orders
         from bench.network import run_network
         from bench.report import print_tables
-        from bench.settings import parse_rate, parse_topology, plan_settings
+        from bench.settings import default_topologies, parse_rate, parse_topology, plan_settings
         from bench.tensors import elements_of
 
+        codecs = codecs or ["8x2"]
         planned = plan_settings(
-            topologies=[parse_topology(topology, workers) for topology in topologies],
-            codecs=codecs or ["8x2"],
+            topologies=[parse_topology(each, workers) for each in topologies or default_topologies(codecs)],
+            codecs=codecs,
             rates_bps=[None] if rates is None else [parse_rate(rate) for rate in rates],
             gloo=gloo,
             elements=elements_of(orders["elements"]),
