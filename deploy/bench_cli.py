@@ -32,24 +32,24 @@ CodecOption = Annotated[
         "--codec",
         metavar="CODEC",
         help="BITS (8), BITSx2 for two-sided (8x2), 32, NAME (sign, fp16) or NAME:BITS (paper:8x2, shared:4); "
-        "may be repeated. [default: 8x2]",
-        show_default=False,
+        "may be repeated.",
+        show_default="8x2",
     ),
 ]
 _TOPOLOGIES = (
     "colocated (a shard on each worker's node), dedicated:S (S servers on nodes of their own), collective "
-    "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated. "
+    "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated."
 )
 TopologyOption = Annotated[
     list[str] | None,
-    typer.Option("--topology", help=f"{_TOPOLOGIES}[default: dedicated:SERVERS]", show_default=False),
+    typer.Option("--topology", help=_TOPOLOGIES, show_default="dedicated:SERVERS"),
 ]
 NetworkTopologyOption = Annotated[
     list[str] | None,
     typer.Option(
         "--topology",
-        help=f"{_TOPOLOGIES}[default: colocated, dedicated:1, collective; the last not with codec shared]",
-        show_default=False,
+        help=_TOPOLOGIES,
+        show_default="colocated, dedicated:1, and collective unless a codec is shared",
     ),
 ]
 ElementsOption = Annotated[
@@ -109,7 +109,7 @@ def network(
     ] = 6,
     rate: Annotated[
         list[str] | None,
-        typer.Option(help="Of every link, each way; may be repeated. [default: 1gbit]", show_default=False),
+        typer.Option(help="Of every link, each way; may be repeated.", show_default="1gbit"),
     ] = None,
     topology: NetworkTopologyOption = None,
     codec: CodecOption = None,
@@ -277,16 +277,14 @@ def predict_(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated; dedicated servers are nodes on top. [default: dedicated:1, colocated, collective]",
-            show_default=False,
+            help="May be repeated; dedicated servers are nodes on top.",
+            show_default="dedicated:1, colocated, collective",
         ),
     ] = None,
-    codec: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. [default: 32, 8x2, 4x2]", show_default=False)
-    ] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="May be repeated.", show_default="32, 8x2, 4x2")] = None,
     rate: Annotated[
         list[str] | None,
-        typer.Option(help="Of every link; may be repeated. [default: 200mbit, 1gbit, 10gbit]", show_default=False),
+        typer.Option(help="Of every link; may be repeated.", show_default="200mbit, 1gbit, 10gbit"),
     ] = None,
     elements: ElementsOption = None,
     cores_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Of the cluster that is predicted.")] = 2,

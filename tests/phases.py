@@ -116,6 +116,7 @@ def assert_servers_took_part(
         assert counted(spans, name) == of_workers, name
     at_servers = Counter((servers[bucket.shard], round_, bucket.number, None) for round_, bucket in places)
     assert counted(spans, "average") == at_servers
+    assert_none_overlap(span for span in spans if span.name in ("add", "average"))  # one thread does them
     assert counted(spans, "held") <= of_workers
     assert phases_of(spans) - {"held"} == {"encode", "push", "add", "average", "pull", "decode"}
     assert_in_order(spans, WITH_SERVERS)
@@ -138,6 +139,16 @@ def assert_collectives_took_part(
     assert counted(spans, "average") == once(reduced | gathered)
     assert not phases_of(spans) & {"push", "held", "add", "pull"}
     assert_in_order(spans, WITHOUT_SERVERS)
+
+
+def assert_none_overlap(spans: Iterable[Span]) -> None:
+    """Of each process the spans follow each other, none within another one."""
+    by_process: dict[str, list[Span]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: (span.start_ns, span.stop_ns)):
+        by_process[span.process].append(span)
+    for each in by_process.values():
+        for before, after in itertools.pairwise(each):
+            assert before.stop_ns <= after.start_ns, (before, after)
 
 
 def phases_of(spans: Iterable[Span]) -> set[str]:

@@ -129,6 +129,20 @@ def test_network_measures_all_our_topologies_where_none_is_named(
 
 
 @pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("exchange", ["dedicated:SERVERS", "8x2"]),
+        ("network", ["colocated, dedicated:1, and collective unless a codec is shared", "8x2", "1gbit"]),
+        ("predict", ["dedicated:1, colocated, collective", "32, 8x2, 4x2", "200mbit, 1gbit, 10gbit"]),
+    ],
+)
+def test_help_says_what_is_measured_where_nothing_is_said(command: str, defaults: list[str]) -> None:
+    done = CliRunner().invoke(app, ["bench", command, "--help"], env={"COLUMNS": "300"})
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert [default for default in defaults if f"[default: ({default})]" not in text] == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("exchange", "--codec", "9x2"), "expected 2 to 8, or 16, got bits=9"),
