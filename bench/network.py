@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.goodput import STREAM_S
 from bench.laboratory import nodes_needed, run_settings
-from bench.links import CONGESTION_CONTROL, Links, shaped_links
+from bench.links import CONGESTION_CONTROL, Links, refuse_where_impossible, shaped_links
 from bench.measure import Orders
 from bench.processes import Crew, Host, Loopback, Say
 from bench.settings import Setting, rate_text
@@ -31,6 +31,7 @@ def run_network(
         SpecError: this machine or user cannot make the links, or a setting fits no layout.
         DatpsError: a measurement failed.
     """
+    refuse_where_impossible()
     nodes = nodes_needed(settings, orders)
     with signals_unwind():
         say(f"making {nodes} nodes on one switch")
@@ -60,6 +61,7 @@ def hosts_at_rate(nodes: int, rate_bps: int | None, say: Say) -> Iterator[tuple[
         if rate_bps is None:
             yield [Loopback()] * nodes, []
             return
+        refuse_where_impossible()
         say(f"making {nodes} nodes on one switch")
         with shaped_links(nodes) as links:
             checked = [_check_link(links, rate_bps, say)] if nodes > 1 else []

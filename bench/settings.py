@@ -95,6 +95,16 @@ def encoded_by(topology: Topology, codec: str) -> str:
     return codec.removesuffix("x2") if topology.kind is TopologyKind.COLLECTIVE else codec
 
 
+def default_topologies(codecs: Sequence[str]) -> list[str]:
+    """All of ours that can have each of these codecs: integers that a server adds need a server.
+
+    Raises:
+        SpecError: one is no codec.
+    """
+    needs_server = any(f"codec.name={CodecName.SHARED.value}" in parse_codec(codec) for codec in codecs)
+    return ["colocated", "dedicated:1", *([] if needs_server else ["collective"])]
+
+
 def parse_rate(text: str) -> int:
     """Bits per second of `1gbit`, `200mbit`, `2.5gbit`.
 

@@ -32,17 +32,24 @@ CodecOption = Annotated[
         "--codec",
         metavar="CODEC",
         help="BITS (8), BITSx2 for two-sided (8x2), 32, NAME (sign, fp16) or NAME:BITS (paper:8x2, shared:4); "
-        "may be repeated. [default: 8x2]",
-        show_default=False,
+        "may be repeated.",
+        show_default="8x2",
     ),
 ]
+_TOPOLOGIES = (
+    "colocated (a shard on each worker's node), dedicated:S (S servers on nodes of their own), collective "
+    "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated."
+)
 TopologyOption = Annotated[
+    list[str] | None,
+    typer.Option("--topology", help=_TOPOLOGIES, show_default="dedicated:SERVERS"),
+]
+NetworkTopologyOption = Annotated[
     list[str] | None,
     typer.Option(
         "--topology",
-        help="colocated (a shard on each worker's node), dedicated:S (S servers on nodes of their own), collective "
-        "(no server; 32 is all-reduced, others are gathered, and 8x2 counts as 8); may be repeated.",
-        show_default=False,
+        help=_TOPOLOGIES,
+        show_default="colocated, dedicated:1, and collective unless a codec is shared",
     ),
 ]
 ElementsOption = Annotated[
@@ -102,9 +109,9 @@ def network(
     ] = 6,
     rate: Annotated[
         list[str] | None,
-        typer.Option(help="Of every link, each way; may be repeated. [default: 1gbit]", show_default=False),
+        typer.Option(help="Of every link, each way; may be repeated.", show_default="1gbit"),
     ] = None,
-    topology: TopologyOption = None,
+    topology: NetworkTopologyOption = None,
     codec: CodecOption = None,
     elements: ElementsOption = None,
     rounds: RoundsOption = 5,
@@ -119,7 +126,7 @@ def network(
     _run(
         as_json,
         workers=nodes,
-        topologies=topology or ["colocated", "dedicated:1"],
+        topologies=topology,
         codecs=codec,
         rates=rate or ["1gbit"],
         gloo=gloo,
@@ -134,7 +141,7 @@ def _run(
     as_json: bool,
     *,
     workers: int,
-    topologies: list[str],
+    topologies: list[str] | None,
     codecs: list[str] | None,
     rates: list[str] | None,
     gloo: bool,
@@ -148,12 +155,13 @@ def _run(
         from bench.measure import Orders
         from bench.network import run_network
         from bench.report import print_tables
-        from bench.settings import parse_rate, parse_topology, plan_settings
+        from bench.settings import default_topologies, parse_rate, parse_topology, plan_settings
         from bench.tensors import elements_of
 
+        codecs = codecs or ["8x2"]
         planned = plan_settings(
-            topologies=[parse_topology(topology, workers) for topology in topologies],
-            codecs=codecs or ["8x2"],
+            topologies=[parse_topology(each, workers) for each in topologies or default_topologies(codecs)],
+            codecs=codecs,
             rates_bps=[None] if rates is None else [parse_rate(rate) for rate in rates],
             gloo=gloo,
             elements=elements_of(orders["elements"]),
@@ -269,16 +277,14 @@ def predict_(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="May be repeated; dedicated servers are nodes on top. [default: dedicated:1, colocated, collective]",
-            show_default=False,
+            help="May be repeated; dedicated servers are nodes on top.",
+            show_default="dedicated:1, colocated, collective",
         ),
     ] = None,
-    codec: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. [default: 32, 8x2, 4x2]", show_default=False)
-    ] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="May be repeated.", show_default="32, 8x2, 4x2")] = None,
     rate: Annotated[
         list[str] | None,
-        typer.Option(help="Of every link; may be repeated. [default: 200mbit, 1gbit, 10gbit]", show_default=False),
+        typer.Option(help="Of every link; may be repeated.", show_default="200mbit, 1gbit, 10gbit"),
     ] = None,
     elements: ElementsOption = None,
     cores_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Of the cluster that is predicted.")] = 2,

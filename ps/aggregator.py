@@ -31,7 +31,7 @@ from ps.lanes import Lane, Lanes
 from ps.membership import FormView
 from ps.outcome import REASONS, Outcome, RefusedError, ending_of
 from ps.reduce import ShardReducer
-from ps.streams import Outbox, first_message, kind_of, serve_stream
+from ps.streams import Outbox, Pull, first_message, kind_of, serve_stream
 
 MAXIMAL_REFUSALS = 32
 """Refused contributions after which a stream is closed: its worker does not speak our protocol."""
@@ -327,8 +327,10 @@ class Aggregator:
 
     def _addition(self, effect: r.Add, encoded: Encoded | None) -> Callable[[], None]:
         content, since_ns = self._held.pop((effect.worker_index, effect.bucket), (encoded, None))
-        if since_ns is not None:
-            self._timeline.add("held", since_ns, f"held of worker {effect.worker_index}", bucket=effect.bucket)
+        if since_ns is not None and self._timeline.on:
+            worker = effect.worker_index
+            track = f"held of worker {worker}"
+            self._timeline.add_phase("held", since_ns, effect.round, effect.bucket, track=track, worker=worker)
         assert content is not None
         return lambda: self._add(effect, content)
 
@@ -343,7 +345,7 @@ class Aggregator:
                 average = self._averages.get((effect.round, effect.bucket))
                 carrier = self._lanes.carrier(effect.worker_index, effect.bucket)
                 if average is not None and carrier:  # else it is being encoded and goes to all when it is ready
-                    carrier.outbox.put(average.to(carrier))
+                    self._put_average(carrier, effect.round, effect.bucket, average)
             case r.Refuse() if lane is not None:
                 text, reason = effect.text, REASONS[effect.why]
                 refused = wire.Refusal(reason=reason, text=text, round=effect.round, bucket=effect.bucket)
@@ -379,9 +381,9 @@ class Aggregator:
 
     def _add(self, effect: r.Add, encoded: Encoded) -> None:
         assert self._reducer is not None
-        with self._timeline.span("add", bucket=effect.bucket, worker=effect.worker_index):
-            worker, round_ = effect.worker_index, effect.round
-            self._reducer.add(effect.bucket, encoded, worker=worker, round_=round_, first=effect.first)
+        worker, round_, start_ns = effect.worker_index, effect.round, self._timeline.now_ns()
+        self._reducer.add(effect.bucket, encoded, worker=worker, round_=round_, first=effect.first)
+        self._timeline.add_phase("add", start_ns, round_, effect.bucket, worker=worker)
 
     def _publication(self, effect: r.Publish) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
@@ -390,15 +392,15 @@ class Aggregator:
     def _publish(self, effect: r.Publish, loop: asyncio.AbstractEventLoop) -> None:
         assert self._reducer is not None
         assert self._rounds is not None
-        with self._timeline.span("average", round=effect.round, buckets=list(effect.buckets)):
-            messages = publish(
-                self._reducer,
-                effect.round,
-                effect.buckets,
-                view=self._rounds.config.view,
-                incarnation=self._incarnation,
-                memory=self._memory,
-            )
+        messages = publish(
+            self._reducer,
+            effect.round,
+            effect.buckets,
+            view=self._rounds.config.view,
+            incarnation=self._incarnation,
+            memory=self._memory,
+            timeline=self._timeline,
+        )
         loop.call_soon_threadsafe(self._published, effect.round, messages)
 
     def _published(self, round_: int, messages: dict[int, AverageMessage]) -> None:
@@ -406,7 +408,10 @@ class Aggregator:
             self._averages[round_, number] = message
             for lane in self._lanes:
                 if number in lane.buckets:
-                    lane.outbox.put(message.to(lane), {"bucket": number, "worker": lane.worker})
+                    self._put_average(lane, round_, number, message)
+
+    def _put_average(self, lane: Lane, round_: int, number: int, message: AverageMessage) -> None:
+        lane.outbox.put(message.to(lane), Pull(round_, number, lane.worker) if self._timeline.on else None)
 
     def _refuse(self, outbox: Outbox, reason: int, text: str, contribution: BucketMessage | None = None) -> None:
         self._emit("refused", worker_id="", text=text)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.node_memory import NodeMemory
+from common.timeline import OFF, Timeline
 from common.wire.frames import Frame, new_frame
 from common.wire.v1 import ps_pb2 as wire
 from ps.lanes import Lane
@@ -40,8 +41,11 @@ def publish(
     view: int,
     incarnation: int,
     memory: NodeMemory | None,
+    timeline: Timeline = OFF,
 ) -> dict[int, AverageMessage]:
     """Averages finished sums, see `ShardReducer.publish`, straight into messages; returns them by bucket.
+
+    The timeline gets an "average" of each bucket; what has to be done once for all of them is part of the first one's.
 
     Raises:
         CodecError: an average is not finite; the message names the bucket.
@@ -56,8 +60,8 @@ def publish(
         frames[number] = new_frame(header(number), scale_count, payload_bytes)
         return frames[number].payload
 
-    messages = {}
-    for number, encoded in reducer.publish(round_, tuple(buckets), place).items():
+    messages, start_ns = {}, timeline.now_ns()
+    for number, encoded in reducer.publish(round_, tuple(buckets), place):
         frame = frames[number]
         frame.put_scales(encoded.scales)
         messages[number] = AverageMessage(frame.data)
@@ -66,4 +70,6 @@ def publish(
             short = new_frame(header(number), encoded.scales.size, 0)
             short.put_scales(encoded.scales)
             messages[number] = AverageMessage(frame.data, without_payload=short.data)
+        timeline.add_phase("average", start_ns, round_, number)
+        start_ns = timeline.now_ns()
     return messages

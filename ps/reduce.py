@@ -7,7 +7,7 @@ from its first contribution until its average is encoded, and the next bucket ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +87,12 @@ class ShardReducer:
         key = RandomKey(seed=self._seed, round=round_, source=worker)
         self.push_codec_of(number).decode(encoded, bucket.start, total, add=not first, key=key)
 
-    def publish(self, round_: int, numbers: tuple[int, ...], place: Place = lambda *_: None) -> dict[int, Encoded]:
+    def publish(
+        self, round_: int, numbers: tuple[int, ...], place: Place = lambda *_: None
+    ) -> Iterator[tuple[int, Encoded]]:
         """Averages of finished sums: divided by M and encoded, equation (A3) and Algorithm A1, line 10.
+
+        Each bucket's is encoded when it is asked for, in the order of `numbers`.
 
         Raises:
             CodecError: an average is not finite; the message names the bucket.
@@ -100,7 +104,8 @@ class ShardReducer:
         try:
             together = self._together.issuperset(numbers)
             measured = self._pull.measure(self._whole, self._start) if together else None
-            return {number: self._encode(self._buckets[number], key, measured, place) for number in numbers}
+            for number in numbers:
+                yield number, self._encode(self._buckets[number], key, measured, place)
         except CodecError as error:
             raise CodecError(f"{error}; average of round {round_}, buckets {list(numbers)}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,7 +15,15 @@ from common.wire.frames import BucketMessage
 from common.wire.rpc import Malformed
 
 Outgoing = Message | bytes
-Details = dict[str, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """An average of which the timeline tells when it was written."""
+
+    round: int
+    bucket: int
+    worker: int
 
 
 class Outbox:
@@ -30,12 +39,12 @@ class Outbox:
         self._timeline = timeline
         self.closed = False
         self.overflowed = asyncio.Event()
-        self._queue: asyncio.Queue[tuple[Outgoing, Details] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Outgoing, Pull | None] | None] = asyncio.Queue()
 
-    def put(self, message: Outgoing, details: Details = None) -> None:
+    def put(self, message: Outgoing, pull: Pull | None = None) -> None:
         """Queues a message, unless the outbox is closed or the peer has stopped reading.
 
-        `details`: what the timeline says of its pull; nothing if None.
+        `pull`: what the timeline says of it; nothing if None.
         """
         if self.closed:
             return
@@ -43,7 +52,7 @@ class Outbox:
             self.closed = True
             self.overflowed.set()
             return
-        self._queue.put_nowait((message, details))
+        self._queue.put_nowait((message, pull))
 
     def close(self) -> None:
         """Ends the stream once everything queued has been written."""
@@ -54,11 +63,12 @@ class Outbox:
     async def drain(self, context: grpc.aio.ServicerContext) -> None:
         """Writes until the outbox is closed and empty."""
         while (queued := await self._queue.get()) is not None:
-            message, details = queued
+            message, pull = queued
             start_ns = self._timeline.now_ns()
             await context.write(message)
-            if details:
-                self._timeline.add("pull", start_ns, f"pull of worker {details['worker']}", **details)
+            if pull:
+                track = f"pull of worker {pull.worker}"
+                self._timeline.add_phase("pull", start_ns, pull.round, pull.bucket, track=track, worker=pull.worker)
 
 
 Reader = Callable[[AsyncIterator[Any], Outbox], Awaitable[None]]

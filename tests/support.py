@@ -21,6 +21,7 @@ from common.events import Emitter
 from common.layout import Layout, TensorSpec, plan_layout
 from common.node_memory import NodeMemory
 from common.spec_sources import load_job_spec
+from common.timeline import OFF, Timeline
 from common.wire.v1 import ps_pb2 as wire
 from ps.outcome import Outcome
 from ps.server import Server, ServerOptions
@@ -74,11 +75,16 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    spec: JobSpec, *, shard: int = 0, shard_addresses: Sequence[str] = (), memory: NodeMemory | None = None
+    spec: JobSpec,
+    *,
+    shard: int = 0,
+    shard_addresses: Sequence[str] = (),
+    memory: NodeMemory | None = None,
+    trace: Path | None = None,
 ) -> Iterator[RunningServer]:
     """A server of one shard on a free port of 127.0.0.1; ended on leaving, whatever happened.
 
-    `memory`: that it shares with the worker of its own index.
+    `memory`: that it shares with the worker of its own index; `trace`: file of its timeline.
     """
     started: Future[RunningServer] = Future()
     log = io.StringIO()
@@ -86,7 +92,7 @@ def running_server(
     async def serve() -> None:
         addresses = tuple(shard_addresses)
         options = ServerOptions(
-            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=addresses, memory=memory
+            spec=spec, shard=shard, host="127.0.0.1", port=0, shard_addresses=addresses, memory=memory, trace=trace
         )
         server = Server(options, Emitter(f"server-{shard}", as_json=True, stream=log))
         running = RunningServer(server=server, loop=asyncio.get_running_loop(), log=log)
@@ -169,6 +175,7 @@ def join(
     tensors: Sequence[TensorSpec] = TENSORS,
     round_: int = 0,
     memory: NodeMemory | None = None,
+    timeline: Timeline = OFF,
 ) -> Member:
     """A whole join; returns when the view has formed."""
     channel, coordination, spec = introduce(address, worker_id)
@@ -181,6 +188,7 @@ def join(
         first_round=round_,
         emit=silent(),
         memory=memory,
+        timeline=timeline,
     )
     coordination.watch(exchange.fail)
     return Member(admission, coordination, exchange, layout, channel)

@@ -97,7 +97,7 @@ class Averaging:
                 encoded = self._push.encode(values, bucket.start, key, measured)
                 self._reducer.add(bucket.number, encoded, worker=worker, round_=round_, first=worker == 0)
         key = RandomKey(seed=self._seed, round=round_, source=SERVER)
-        averages = self._reducer.publish(round_, tuple(bucket.number for bucket in self._buckets))
+        averages = dict(self._reducer.publish(round_, tuple(bucket.number for bucket in self._buckets)))
         for bucket in self._buckets:
             out = self._average[bucket.start : bucket.stop]
             self._pull.decode(averages[bucket.number], bucket.start, out, add=False, key=key)

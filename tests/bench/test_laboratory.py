@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.links import our_namespaces
+from bench.settings import Setting
 from bench.tensors import STATE
 from deploy.cli import app
 
@@ -88,6 +91,55 @@ def test_overlap_is_measured_on_this_machine() -> None:
     assert 0 < result["waited_s"] < result["both_s"]
     assert result["backward_with_exchange_s"] <= result["both_s"]
     assert result["hidden_fraction"] == pytest.approx(1 - result["waited_s"] / result["exchange_s"])
+
+
+@pytest.mark.parametrize("command", ["network", "overlap"])
+def test_who_may_not_make_links_is_refused_before_anything_is_said_or_made(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    done = CliRunner().invoke(app, ["bench", command])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert " ".join(done.stderr.split()).startswith("error: expected root (user id 0), got user_id=1000 (network ")
+
+
+@pytest.mark.parametrize(
+    ("codecs", "names"),
+    [
+        ((), ["gloo 1gbit", "colocated 8x2 1gbit", "dedicated:1 8x2 1gbit", "collective 8 1gbit"]),
+        (("shared:4",), ["gloo 1gbit", "colocated shared:4 1gbit", "dedicated:1 shared:4 1gbit"]),
+    ],
+    ids=["all", "not those that cannot have the codec"],
+)
+def test_network_measures_all_our_topologies_where_none_is_named(
+    codecs: tuple[str, ...], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def run_network(settings: Sequence[Setting], *_: object) -> dict[str, Any]:
+        planned.extend(setting.name for setting in settings)
+        return {}
+
+    monkeypatch.setattr("bench.network.run_network", run_network)
+    done = CliRunner().invoke(app, ["bench", "network", "--json", *(part for c in codecs for part in ("--codec", c))])
+    assert done.exit_code == 0, done.output
+    assert planned == names
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("exchange", ["dedicated:SERVERS", "8x2"]),
+        ("network", ["colocated, dedicated:1, and collective unless a codec is shared", "8x2", "1gbit"]),
+        ("predict", ["dedicated:1, colocated, collective", "32, 8x2, 4x2", "200mbit, 1gbit, 10gbit"]),
+    ],
+)
+def test_help_says_what_is_measured_where_nothing_is_said(command: str, defaults: list[str]) -> None:
+    done = CliRunner().invoke(app, ["bench", command, "--help"], env={"COLUMNS": "300"})
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert [default for default in defaults if f"[default: ({default})]" not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from common.codecs import Float32
 from common.config import JobSpec
 from common.events import Emitter
 from common.layout import BucketKind, Layout, TensorSpec, plan_layout
+from common.timeline import OFF, Timeline
 from common.wire.v1 import ps_pb2 as wire
 from tests.support import DEADLINE_S, DIGEST, TENSORS, introduce, job, ready
 from worker.exchange.base import Exchange, Traffic
@@ -75,11 +76,15 @@ class CollectiveMember:
         self.node.close()
 
 
-def join(address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS) -> CollectiveMember:
+def join(
+    address: str, worker_id: str, tensors: Sequence[TensorSpec] = TENSORS, timeline: Timeline = OFF
+) -> CollectiveMember:
     """A whole join; returns when the exchange is open."""
     channel, coordination, spec = introduce(address, worker_id)
     log = io.StringIO()
-    node = make_node(spec, NodeOptions(coordinator=address), Emitter(worker_id, as_json=True, stream=log))
+    node = make_node(
+        spec, NodeOptions(coordinator=address, timeline=timeline), Emitter(worker_id, as_json=True, stream=log)
+    )
     layout = plan_layout(tensors, spec)
     admission = coordination.get_ready(ready(layout, address=node.address), 2 * DEADLINE_S)
     relay = AbortRelay()

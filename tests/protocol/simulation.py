@@ -153,7 +153,7 @@ class Server:
                     raise AssertionError(f"shard {self._shard}: {effect}")
 
     def _publish(self, effect: r.Publish) -> None:
-        for bucket, encoded in self._reducer.publish(effect.round, effect.buckets).items():
+        for bucket, encoded in self._reducer.publish(effect.round, effect.buckets):
             self.averages[effect.round, bucket] = encoded
             for worker in self._peers:
                 self._send(r.SendAverage(worker_index=worker, round=effect.round, bucket=bucket))

@@ -188,21 +188,34 @@ class CollectiveExchange:
         if not self._make_room(4 * bucket.n if summed else codec.wire_bytes(bucket.start, bucket.n)):
             return
         if summed:
-            values = self._gradient.fetch(bucket)
-            self._encoder.check(bucket, values)
+            values = self._fetch(bucket)
+            start_ns = self._timeline.now_ns()
             reduced = self._group.all_reduce(values)
-            self._under_way.put((reduced, lambda _: self._take_sum(bucket)))
+            self._under_way.put((reduced, lambda _: self._take_sum(bucket, start_ns)))
         else:
-            gathered = self._group.all_gather(self._encode(bucket, codec))
-            self._under_way.put((gathered, lambda rows: self._take_contributions(bucket, codec, rows)))
+            own = self._encode(bucket, codec)
+            start_ns = self._timeline.now_ns()
+            gathered = self._group.all_gather(own)
+            self._under_way.put((gathered, lambda rows: self._take_contributions(bucket, codec, rows, start_ns)))
         if bucket.number == len(self._layout.buckets) - 1:
             self._roll_call.say(self._round)
+
+    def _fetch(self, bucket: Bucket) -> Float32:
+        """The values of a bucket that is summed as it is, checked.
+
+        Raises:
+            CodecError: they are not finite.
+        """
+        with self._timeline.phase("fetch", self._round, bucket.number, bucket.kind):
+            values = self._gradient.fetch(bucket)
+            self._encoder.check(bucket, values)
+        return values
 
     def _encode(self, bucket: Bucket, codec: Codec) -> NDArray[np.uint8]:
         """The scales of a bucket, then its payload."""
         own = np.empty(codec.wire_bytes(bucket.start, bucket.n), np.uint8)
         edge = 4 * codec.scale_count(bucket.start, bucket.n)
-        with self._timeline.span("encode", round=self._round, bucket=bucket.number):
+        with self._timeline.phase("encode", self._round, bucket.number, bucket.kind):
             values = self._room(bucket) if bucket.kind is BucketKind.STATE else None
             encoded = self._encoder.encode(bucket, own[edge:], values=values)
         own[:edge] = encoded.scales.astype("<f4", copy=False).view(np.uint8)
@@ -260,20 +273,26 @@ class CollectiveExchange:
             self._said_farewell = True
             self._condition.notify_all()
 
-    def _take_sum(self, bucket: Bucket) -> None:
+    def _take_sum(self, bucket: Bucket, start_ns: int) -> None:
+        self._timeline.add_phase(
+            "all-reduce", start_ns, self._round, bucket.number, track="all-reduce", kind=bucket.kind
+        )
         self._average(bucket)
         self._done(bucket.number, 4 * bucket.n)
 
-    def _take_contributions(self, bucket: Bucket, codec: Codec, rows: NDArray[np.uint8]) -> None:
+    def _take_contributions(self, bucket: Bucket, codec: Codec, rows: NDArray[np.uint8], start_ns: int) -> None:
         """Equation (A3), in order of worker_index, as `ps.reduce` does it."""
+        self._timeline.add_phase(
+            "all-gather", start_ns, self._round, bucket.number, track="all-gather", kind=bucket.kind
+        )
         values, edge = self._room(bucket), 4 * codec.scale_count(bucket.start, bucket.n)
-        with self._timeline.span("decode", round=self._round, bucket=bucket.number):
+        with self._timeline.phase("decode", self._round, bucket.number, bucket.kind):
             for worker, row in enumerate(rows):
                 key = RandomKey(seed=self._spec.seed, round=self._round, source=worker)
                 scales = row[:edge].copy().view("<f4").astype(np.float32, copy=False)
                 encoded = Encoded(scales=scales, payload=row[edge:])
                 codec.decode(encoded, bucket.start, values, add=worker > 0, key=key)
-            self._average(bucket)
+        self._average(bucket)
         self._done(bucket.number, rows.shape[1])
 
     def _average(self, bucket: Bucket) -> None:
@@ -282,15 +301,16 @@ class CollectiveExchange:
         Raises:
             CodecError: it is not finite.
         """
-        values = self._room(bucket)
-        np.divide(values, np.float32(self._spec.workers), out=values)
-        try:
-            require_finite(values, bucket, self._plain)
-        except CodecError as error:
-            where = f"average of round {self._round}, {bucket.kind.value} bucket {bucket.number}"
-            raise CodecError(f"{error}; {where}") from None
-        if bucket.kind is BucketKind.GRADIENT:
-            self._gradient.store(bucket)
+        with self._timeline.phase("average", self._round, bucket.number, bucket.kind):
+            values = self._room(bucket)
+            np.divide(values, np.float32(self._spec.workers), out=values)
+            try:
+                require_finite(values, bucket, self._plain)
+            except CodecError as error:
+                where = f"average of round {self._round}, {bucket.kind.value} bucket {bucket.number}"
+                raise CodecError(f"{error}; {where}") from None
+            if bucket.kind is BucketKind.GRADIENT:
+                self._gradient.store(bucket)
 
     def _done(self, number: int, freed_bytes: int) -> None:
         with self._condition:

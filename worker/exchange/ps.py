@@ -266,7 +266,7 @@ class ParameterServerExchange:
         slot = self._memory.contribution(round_, bucket.number) if self._memory and stream.uses_memory else None
         frame = new_frame(header, codec.scale_count(start, n), codec.payload_bytes(start, n) if slot is None else 0)
         payload = frame.payload if slot is None else slot
-        with self._timeline.span("encode", round=round_, bucket=bucket.number, kind=bucket.kind.value):
+        with self._timeline.phase("encode", round_, bucket.number, bucket.kind):
             if bucket.kind is BucketKind.SCALES:
                 self._scales[bucket.number] = self._encoder.scales(self._layout.scales_of(bucket))
             values, shared = self._values(bucket), self._shared(bucket)
@@ -297,7 +297,7 @@ class ParameterServerExchange:
                 case s.Push():
                     message = self._kept[effect.round, effect.bucket]
                     self._pushed_bytes += len(message) + self._beside[effect.bucket]
-                    self._streams[effect.shard].put(message, effect.bucket)
+                    self._streams[effect.shard].put(message, effect)
                 case s.Forget():
                     for key in [key for key in self._kept if key[0] <= effect.round]:
                         del self._kept[key]
@@ -367,7 +367,7 @@ class ParameterServerExchange:
         if (average.round, average.bucket) not in self._kept:
             where = f"round {average.round}, bucket {average.bucket}, server {stream.address}"
             raise MismatchError(refusal("an average of what this worker has contributed to", "average", "early", where))
-        with self._timeline.span("decode", round=average.round, bucket=bucket.number, kind=bucket.kind.value):
+        with self._timeline.phase("decode", average.round, bucket.number, bucket.kind):
             self._decode(bucket, codec, encoded)
         if bucket.kind is BucketKind.SCALES:
             self._to_encode.put((self._layout.scales_of(bucket),))

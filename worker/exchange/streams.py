@@ -18,6 +18,7 @@ import grpc
 from common.timeline import Timeline
 from common.wire import rpc
 from common.wire.frames import read_server_message
+from worker.session import Push
 
 _JOIN_S = 5.0
 
@@ -73,8 +74,8 @@ class ShardStream:
         self.ended = threading.Event()
         """Set when no more is read."""
         self._loop = loop
-        self._timeline = timeline
-        self._outgoing: asyncio.Queue[tuple[bytes, int | None] | None] = asyncio.Queue()
+        self._timeline, self._track = timeline, f"push to shard {shard}"
+        self._outgoing: asyncio.Queue[tuple[bytes, Push | None] | None] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
         self._call: Any = None
 
@@ -104,9 +105,9 @@ class ShardStream:
             self._call.cancel()
             self.ended.set()
 
-    def put(self, message: bytes, bucket: int | None = None) -> None:
-        """Queues a message, from any thread; `bucket`: of a contribution."""
-        self._loop.call(self._outgoing.put_nowait, (message, bucket))
+    def put(self, message: bytes, push: Push | None = None) -> None:
+        """Queues a message, from any thread; `push`: which contribution it is, if it is one."""
+        self._loop.call(self._outgoing.put_nowait, (message, push))
 
     def end(self) -> None:
         """Ends our side once everything queued is written."""
@@ -119,13 +120,13 @@ class ShardStream:
 
     async def _write(self) -> None:
         while (queued := await self._outgoing.get()) is not None:
-            message, bucket = queued
+            message, push = queued
             start_ns = self._timeline.now_ns()
             try:
                 await self._call.write(message)
             except (grpc.RpcError, asyncio.InvalidStateError):
                 return  # the reader hears why
-            if bucket is not None:
-                self._timeline.add("push", start_ns, f"push to shard {self.shard}", bucket=bucket)
+            if push is not None:
+                self._timeline.add_phase("push", start_ns, push.round, push.bucket, track=self._track)
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self._call.done_writing()
