@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -59,9 +60,10 @@ async def _run_shard(options: ServerOptions, words: TextIO, emit: Emitter) -> in
     gone = Outcome(exit_code=EXIT_RETRY, text="the worker of this shard's node is gone")
 
     def listen() -> None:
-        for line in words:
-            loop.call_soon_threadsafe(_assign, server, json.loads(line))
-        loop.call_soon_threadsafe(server.end, gone)
+        with contextlib.suppress(RuntimeError):  # the job was over, and with it the loop
+            for line in words:
+                loop.call_soon_threadsafe(_assign, server, json.loads(line))
+            loop.call_soon_threadsafe(server.end, gone)
 
     try:
         await server.start()
