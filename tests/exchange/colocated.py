@@ -59,8 +59,13 @@ class ShardThread:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """As of a process; it must have ended."""
-        self._thread.join(DEADLINE_S if timeout is None else timeout)
+        self._thread.join(DEADLINE_S if timeout is None else max(timeout, 1.0))
         assert not self._thread.is_alive()
+        return self.exit_code
+
+    @property
+    def returncode(self) -> int | None:
+        """As of a process that has ended."""
         return self.exit_code
 
 

@@ -47,7 +47,9 @@ def states(layout: Layout, workers: int, rounds: int) -> Float32:
     return np.random.default_rng(8).standard_normal((rounds, workers, layout.e)).astype(np.float32)
 
 
-def run_rounds(joined: Sequence[Member], spec: JobSpec, order: list[int], rounds: int) -> list[list[tuple[bytes, bytes]]]:
+def run_rounds(
+    joined: Sequence[Member], spec: JobSpec, order: list[int], rounds: int
+) -> list[list[tuple[bytes, bytes]]]:
     """All rounds on all workers, begun in the given order; returns the averages' bytes by worker and round."""
     layout = joined[0].layout
     g, s = gradients(layout, spec.workers, rounds), states(layout, spec.workers, rounds)
