@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from common.spec_sources import load_job_spec
+from deploy.recipes import DEFAULT, recipe
 from tests.processes.test_processes import LONG, SMALL, datps, descendants, wait_for_line
 from tests.processes.test_worker_in_thread import work
-from tests.support import job, running_servers
+from tests.support import running_servers
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
 
@@ -28,7 +30,8 @@ WAIT_S = 150.0
 @pytest.fixture(scope="module")
 def with_dedicated_servers() -> str:
     """The parameter digest of the same job with two servers, all in threads."""
-    with running_servers(job(*SMALL, "servers=2")) as servers, ThreadPoolExecutor(2) as pool:
+    spec = load_job_spec(yaml_text=recipe(DEFAULT).text, settings=(*SMALL, "servers=2"))
+    with running_servers(spec) as servers, ThreadPoolExecutor(2) as pool:
         running = [pool.submit(work, servers[0].address, f"worker-{n}", threads=1) for n in range(2)]
         ended = [worker.result(WAIT_S) for worker in running]
     digests = [[event["parameter_digest"] for event in events if event["event"] == "round"] for _, events in ended]
