@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -56,12 +57,17 @@ def run_shard(words: TextIO, emit: Emitter) -> int:
 async def _run_shard(options: ServerOptions, words: TextIO, emit: Emitter) -> int:
     server = Server(options, emit)
     loop = asyncio.get_running_loop()
-    gone = Outcome(exit_code=EXIT_RETRY, text="the worker of this shard's node is gone")
 
     def listen() -> None:
-        for line in words:
-            loop.call_soon_threadsafe(_assign, server, json.loads(line))
-        loop.call_soon_threadsafe(server.end, gone)
+        with contextlib.suppress(RuntimeError):  # the job was over, and with it the loop
+            gone = Outcome(exit_code=EXIT_RETRY, text="the worker of this shard's node is gone")
+            for line in words:
+                place = json.loads(line)
+                loop.call_soon_threadsafe(_assign, server, place)
+                own = place["worker_ids"][place["shard"]]
+                text = f"{own} is gone: it does not speak to its node's shard any more"
+                gone = Outcome(exit_code=EXIT_RETRY, text=text, worker_ids=(own,))
+            loop.call_soon_threadsafe(server.end, gone)
 
     try:
         await server.start()

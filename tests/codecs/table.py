@@ -12,16 +12,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from common.codecs import SERVER, Codec, Encoded, Float32, RandomKey, make_codec
+from common.codecs import SERVER, BlockScales, Codec, Encoded, Float32, RandomKey, SharedCodec, make_codec
+from common.codecs.shared import average_of_sums
 from common.config import CodecSpec
 from tests.gpu.table import CASES as GPU_CASES
 
 KEY = RandomKey(seed=7, round=3, source=1)
 
-SPECS = [
-    CodecSpec(name="none"),
-    CodecSpec(name="fp16"),
-    CodecSpec(name="bf16"),
+FLOATS = [CodecSpec(name=name) for name in ("none", "fp16", "bf16")]
+QUANTIZERS = [
     *(CodecSpec(bits=bits, block=64) for bits in (2, 3, 4, 5, 6, 7, 8, 16)),
     CodecSpec(bits=8, block=512),
     CodecSpec(bits=8, block=8),
@@ -33,6 +32,14 @@ SPECS = [
     CodecSpec(bits=3, block="all", scale="l2"),
     *(CodecSpec(name="paper", bits=bits) for bits in (2, 3, 8, 16)),
 ]
+"""Those with a scalar reference of their own, too: `tests/codecs/reference.py`."""
+SHARED = [CodecSpec(name="shared", bits=bits, block=64) for bits in (2, 3, 4, 5, 6, 7, 8)]
+"""Decoded to integers; of one worker alone, `round_trip` makes the average of them."""
+ROTATED = [CodecSpec(name="rotated", bits=bits, block=block) for bits, block in ((1, 512), (2, 64), (3, 256), (4, 512))]
+SIGN = [CodecSpec(name="sign", block=block) for block in (8, 64, 512)]
+TOPK = [CodecSpec(name="topk", block=block, density=density) for block, density in ((64, 1 / 32), (40, 0.1), (8, 1))]
+SPECS = [*FLOATS, *QUANTIZERS, *SHARED, *ROTATED, *SIGN, *TOPK]
+"""All codecs. A test that does not fit one of these families says so, and why."""
 
 
 def name_of(spec: CodecSpec) -> str:
@@ -51,16 +58,24 @@ def build(spec: CodecSpec, d: int, start: int = 0) -> Codec:
 
 def encode(codec: Codec, values: Float32, key: RandomKey = KEY, cuts: Sequence[int] = ()) -> list[Encoded]:
     """Encodes a whole vector in the buckets between the cuts."""
-    measured = codec.measure(values, 0)
+    measured = measured_by(codec, values)
     return [codec.encode(values[a:b], a, key, measured) for a, b in pairwise((0, *cuts, len(values)))]
 
 
-def decode(codec: Codec, buckets: Sequence[Encoded], d: int, cuts: Sequence[int] = ()) -> Float32:
+def measured_by(codec: Codec, values: Float32, start: int = 0) -> BlockScales | None:
+    """What `encode` needs for a whole range; of shared scales those of one worker alone."""
+    if not isinstance(codec, SharedCodec):
+        return codec.measure(values, start)
+    first = codec.blocks(start, len(values)).start
+    return BlockScales(first_block=first, values=codec.local_scales(values, start))
+
+
+def decode(codec: Codec, buckets: Sequence[Encoded], d: int, cuts: Sequence[int] = (), key: RandomKey = KEY) -> Float32:
     """Checks and decodes the buckets between the cuts to a vector of d elements."""
     out = np.full(d, np.nan, np.float32)
     for encoded, (a, b) in zip(buckets, pairwise((0, *cuts, d)), strict=True):
         codec.check(encoded, a, b - a)
-        codec.decode(encoded, a, out[a:b], add=False)
+        codec.decode(encoded, a, out[a:b], add=False, key=key)
     return out
 
 
@@ -70,7 +85,10 @@ def bytes_of(encoded: Encoded) -> tuple[bytes, bytes]:
 
 
 def round_trip(codec: Codec, values: Float32, key: RandomKey = KEY) -> Float32:
-    return decode(codec, encode(codec, values, key), len(values))
+    out = decode(codec, encode(codec, values, key), len(values), key=key)
+    if isinstance(codec, SharedCodec) and (shared := measured_by(codec, values)):
+        average_of_sums(codec, out, 0, shared, 1)
+    return out
 
 
 def gaussian(d: int, seed: int = 0) -> Float32:
@@ -167,7 +185,7 @@ class Case:
 
     def encode(self, codec: Codec) -> list[Encoded]:
         """All buckets."""
-        measured = codec.measure(self.values, self.start)
+        measured = measured_by(codec, self.values, self.start)
         return [codec.encode(values, a, self.key, measured) for a, values in self.buckets()]
 
 

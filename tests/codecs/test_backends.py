@@ -30,8 +30,8 @@ def test_decoded_values_are_those_of_the_numpy_reference(name: str) -> None:
             for bucket, (a, values) in zip(buckets, case.buckets(), strict=True):
                 part = slice(a - case.start, a - case.start + len(values))
                 codec.check(bucket, a, len(values))
-                codec.decode(bucket, a, found[part], add=add)
-                reference.decode(bucket, a, expected[part], add=add)
+                codec.decode(bucket, a, found[part], add=add, key=case.key)
+                reference.decode(bucket, a, expected[part], add=add, key=case.key)
             assert bits_of(found) == bits_of(expected), (case.name, add)
 
 

@@ -13,14 +13,35 @@ from hypothesis import strategies as st
 from common.codecs import SERVER, Codec, Encoded, RandomKey
 from common.config import CodecSpec
 from common.errors import CodecError
-from tests.codecs.table import KEY, SPECS, build, bytes_of, decode, encode, gaussian, name_of, round_trip
+from tests.codecs.table import (
+    FLOATS,
+    KEY,
+    QUANTIZERS,
+    ROTATED,
+    SHARED,
+    SIGN,
+    SPECS,
+    build,
+    bytes_of,
+    decode,
+    encode,
+    gaussian,
+    measured_by,
+    name_of,
+    round_trip,
+)
 
 D = 1003
 SHARD = 2560
 """A multiple of all alignments in the table."""
 every_codec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
-with_scales = pytest.mark.parametrize("spec", SPECS[3:], ids=name_of)
-without_scales = pytest.mark.parametrize("spec", SPECS[:3], ids=name_of)
+with_scales = pytest.mark.parametrize("spec", [*QUANTIZERS, *ROTATED, *SIGN], ids=name_of)
+"""Not `shared` and `topk`: no scale of theirs travels with a bucket."""
+floats = pytest.mark.parametrize("spec", FLOATS, ids=name_of)
+with_levels = pytest.mark.parametrize("spec", [*FLOATS, *QUANTIZERS, *SHARED], ids=name_of)
+"""Not `rotated`, whose error spreads over a block, nor `sign` and `topk`, which do not keep each element."""
+random = pytest.mark.parametrize("spec", [*QUANTIZERS, *SHARED, *ROTATED], ids=name_of)
+"""Not floats, `sign` and `topk`: they draw nothing."""
 
 
 def step_bound(codec: Codec, values: np.ndarray) -> float:
@@ -28,12 +49,15 @@ def step_bound(codec: Codec, values: np.ndarray) -> float:
     if codec.wire_name in ("none", "fp16", "bf16"):
         return float(np.abs(values).max()) * {"none": 0, "fp16": 2**-11, "bf16": 2**-8}[codec.wire_name] + 2**-25
     name, bits, *_ = codec.wire_name.split("/")
-    scales = np.concatenate([bucket.scales for bucket in encode(codec, values)])
+    if name == "shared":
+        scales = measured_by(codec, values).values
+    else:
+        scales = np.concatenate([bucket.scales for bucket in encode(codec, values)])
     levels = 2 ** int(bits) if name == "paper" else 2 ** (int(bits) - 1) - 1
     return float(np.abs(scales).max()) / levels * (1 + 2**-20)
 
 
-@every_codec
+@with_levels
 def test_round_trip_stays_within_one_level(spec: CodecSpec) -> None:
     codec, values = build(spec, D), gaussian(D)
     assert np.abs(round_trip(codec, values) - values).max() <= step_bound(codec, values)
@@ -67,7 +91,7 @@ def test_payload_is_written_where_it_shall_be_and_nowhere_else(spec: CodecSpec) 
         for offset in (0, 1, 3, 8):
             message = np.full(size + 20, 0xA5, np.uint8)
             payload = message[offset : offset + size]
-            encoded = codec.encode(values, 0, KEY, codec.measure(values, 0), payload=payload)
+            encoded = codec.encode(values, 0, KEY, measured_by(codec, values), payload=payload)
             assert encoded.payload is payload
             assert bytes_of(encoded) == bytes_of(expected)
             assert (message[:offset] == 0xA5).all()
@@ -80,7 +104,7 @@ def test_payload_memory_of_another_size_is_refused(spec: CodecSpec) -> None:
     size = codec.payload_bytes(0, D)
     for payload in (np.empty(size - 1, np.uint8), np.empty(size + 1, np.uint8), np.empty(2 * size, np.uint8)[::2]):
         with pytest.raises(CodecError, match=rf"expected writable uint8\[{size}\]"):
-            codec.encode(values, 0, KEY, codec.measure(values, 0), payload=payload)
+            codec.encode(values, 0, KEY, measured_by(codec, values), payload=payload)
 
 
 @every_codec
@@ -88,7 +112,7 @@ def test_what_is_read_may_be_read_only_and_at_any_address(spec: CodecSpec) -> No
     codec, values = build(spec, D), gaussian(D)
     (expected,) = encode(codec, values)
     values.flags.writeable = False
-    encoded = codec.encode(values, 0, KEY, codec.measure(values, 0))
+    encoded = codec.encode(values, 0, KEY, measured_by(codec, values))
     assert bytes_of(encoded) == bytes_of(expected)
     scales, payload = bytes_of(encoded)
     message = b"x" + scales + payload
@@ -97,7 +121,7 @@ def test_what_is_read_may_be_read_only_and_at_any_address(spec: CodecSpec) -> No
     )
     out = np.zeros(D + 1, np.float32)[1:]
     codec.check(received, 0, D)
-    codec.decode(received, 0, out, add=True)
+    codec.decode(received, 0, out, add=True, key=KEY)
     assert np.array_equal(out, decode(codec, [expected], D))
 
 
@@ -110,7 +134,7 @@ def test_decode_refuses_a_bucket_of_another_size_even_without_check(spec: CodecS
     more = replace(encoded, scales=np.append(encoded.scales, np.float32(1)))
     for wrong in (shorter, more):
         with pytest.raises(CodecError, match=r"expected .* bytes, .* scales, got bucket="):
-            codec.decode(wrong, 0, out, add=False)
+            codec.decode(wrong, 0, out, add=False, key=KEY)
     assert not out.any()
 
 
@@ -121,11 +145,11 @@ def test_threads_encode_and_decode_different_buckets_at_once(spec: CodecSpec) ->
     cuts = range(SHARD, d, SHARD)
     expected = encode(codec, values, cuts=cuts)
     decoded = decode(codec, expected, d, cuts)
-    measured, out = codec.measure(values, 0), np.zeros(d, np.float32)
+    measured, out = measured_by(codec, values), np.zeros(d, np.float32)
 
     def bucket(a: int) -> Encoded:
         encoded = codec.encode(values[a : a + SHARD], a, KEY, measured)
-        codec.decode(encoded, a, out[a : a + SHARD], add=True)
+        codec.decode(encoded, a, out[a : a + SHARD], add=True, key=KEY)
         return encoded
 
     with ThreadPoolExecutor(4) as threads:
@@ -170,7 +194,7 @@ def test_check_refuses_a_scale_that_is_not_finite_or_negative(spec: CodecSpec) -
             codec.check(replace(encoded, scales=scales), 0, D)
 
 
-@without_scales
+@floats
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_check_refuses_a_payload_that_is_not_finite(spec: CodecSpec, bad: float) -> None:
     codec = build(spec, 2 * D)
@@ -187,7 +211,7 @@ def test_check_refuses_a_payload_that_is_not_finite(spec: CodecSpec, bad: float)
 def test_input_that_is_not_finite_is_refused_by_flat_index_and_value(spec: CodecSpec) -> None:
     codec = build(spec, 2 * SHARD + 3)
     values = gaussian(2 * SHARD + 3)
-    measured = codec.measure(values, 0)
+    measured = measured_by(codec, values)
     for bad in (np.nan, np.inf, -np.inf):
         values[[SHARD + 700, SHARD + 900]] = bad
         with pytest.raises(CodecError, match=rf"expected a finite value, got element {SHARD + 700}={bad}"):
@@ -201,12 +225,12 @@ def test_input_that_is_not_finite_is_refused_by_flat_index_and_value(spec: Codec
 def test_input_with_elements_apart_is_refused(spec: CodecSpec) -> None:
     codec, values = build(spec, D), gaussian(2 * D)[::2]
     with pytest.raises(CodecError, match=r"expected contiguous values, got strides=\(8,\)"):
-        codec.encode(values, 0, KEY, codec.measure(values.copy(), 0))
+        codec.encode(values, 0, KEY, measured_by(codec, values.copy()))
 
 
 @every_codec
-def test_present_codecs_are_not_biased(spec: CodecSpec) -> None:
-    assert not build(spec, D).biased
+def test_only_sign_and_topk_are_biased(spec: CodecSpec) -> None:
+    assert build(spec, D).biased is (spec.name in ("sign", "topk"))
 
 
 @every_codec
@@ -215,7 +239,7 @@ def test_input_that_is_not_float32_is_refused(spec: CodecSpec) -> None:
         encode(build(spec, D), gaussian(D).astype(np.float64))
 
 
-@with_scales
+@random
 def test_bytes_follow_from_the_key_alone(spec: CodecSpec) -> None:
     values = gaussian(D)
     (encoded,) = encode(build(spec, D), values)
@@ -245,7 +269,7 @@ def test_cutting_into_aligned_buckets_changes_no_decoded_value(spec: CodecSpec, 
     cuts = sorted(data.draw(st.sets(st.sampled_from(inner), max_size=6))) if inner else []
     whole, buckets = encode(codec, values), encode(codec, values, cuts=cuts)
     assert np.array_equal(decode(codec, buckets, D, cuts), decode(codec, whole, D))
-    if spec.name != "paper":
+    if spec.name not in ("paper", "topk"):  # whose buckets have two parts
         assert b"".join(bytes(bucket.payload) for bucket in buckets) == bytes(whole[0].payload)
     for bucket, a, b in zip(buckets, (0, *cuts), (*cuts, D), strict=True):
         assert codec.wire_bytes(a, b - a) == bucket.scales.nbytes + len(bucket.payload)
@@ -255,11 +279,12 @@ def test_cutting_into_aligned_buckets_changes_no_decoded_value(spec: CodecSpec, 
 def test_a_shard_encodes_elements_as_the_whole_vector_does(spec: CodecSpec) -> None:
     """Blocks and draws refer to the flat vector. Only l2 scales of clipped blocks differ; the linf ones are all 2."""
     values = np.clip(gaussian(2 * SHARD), -2, 2)
-    whole = round_trip(build(spec, 2 * SHARD), values)
+    codec = build(spec, 2 * SHARD)
+    whole = decode(codec, encode(codec, values), 2 * SHARD)
     shard = build(spec, 2 * SHARD, start=SHARD)
     out = np.empty(SHARD, np.float32)
-    encoded = shard.encode(values[SHARD:], SHARD, KEY, shard.measure(values[SHARD:], SHARD))
-    shard.decode(encoded, SHARD, out, add=False)
+    encoded = shard.encode(values[SHARD:], SHARD, KEY, measured_by(shard, values[SHARD:], SHARD))
+    shard.decode(encoded, SHARD, out, add=False, key=KEY)
     clipped_l2 = spec.name == "paper" or (spec.block in ("layer", "all") and spec.scale == "l2")
     assert np.array_equal(out, whole[SHARD:]) is not clipped_l2
 
@@ -270,9 +295,9 @@ def test_decode_adds_or_sets(spec: CodecSpec) -> None:
     (encoded,) = encode(codec, values)
     decoded = decode(codec, [encoded], D)
     accumulator = base.copy()
-    codec.decode(encoded, 0, accumulator, add=True)
+    codec.decode(encoded, 0, accumulator, add=True, key=KEY)
     assert np.array_equal(accumulator, base + decoded)
-    codec.decode(encoded, 0, accumulator, add=False)
+    codec.decode(encoded, 0, accumulator, add=False, key=KEY)
     assert np.array_equal(accumulator.view(np.uint32), decoded.view(np.uint32))
 
 
@@ -281,7 +306,7 @@ def test_decode_writes_into_its_slice_only(spec: CodecSpec) -> None:
     codec, values = build(spec, D), gaussian(D)
     (encoded,) = encode(codec, values)
     out = np.full(D + 20, 9, np.float32)
-    codec.decode(encoded, 0, out[10 : 10 + D], add=False)
+    codec.decode(encoded, 0, out[10 : 10 + D], add=False, key=KEY)
     assert np.array_equal(out[10 : 10 + D], decode(codec, [encoded], D))
     assert (out[:10] == 9).all()
     assert (out[10 + D :] == 9).all()

@@ -14,9 +14,9 @@ from common.codecs import Encoded, Float32
 from common.config import CodecSpec
 from tests.codecs import reference
 from tests.codecs.numpy_reference.randomness import uniforms
-from tests.codecs.table import KEY, SPECS, build, bytes_of, decode, encode, exact_vector, layers, name_of
+from tests.codecs.table import KEY, QUANTIZERS, build, bytes_of, decode, encode, exact_vector, layers, name_of
 
-every_quantizer = pytest.mark.parametrize("spec", SPECS[3:], ids=name_of)
+every_quantizer = pytest.mark.parametrize("spec", QUANTIZERS, ids=name_of)
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**120), max_value=2.0**120)
 vectors = st.lists(st.one_of(finite, st.floats(-1, 1, width=32)), min_size=1, max_size=70)

@@ -14,7 +14,7 @@ from common.codecs.shared import SumCodec, average_of_sums
 from common.config import CodecSpec, JobSpec
 from common.errors import CodecError, SpecError
 from common.spec_sources import load_job_spec
-from tests.codecs.numpy_reference.codecs import draw_levels
+from tests.codecs.numpy_reference import shared as reference
 from tests.codecs.numpy_reference.packing import pack, signed, unpack
 from tests.codecs.table import KEY, VALUES, gaussian
 
@@ -57,8 +57,7 @@ def average(vectors: list[Float32], bits: int, round_: int = 0, block: int = 64)
 
 def reference_fields(values: Float32, bits: int, shared: BlockScales, worker: int) -> NDArray[np.int32]:
     blocks = FixedBlocks(start=0, stop=len(values), length=64)
-    levels = draw_levels(values, 0, replace(KEY, source=worker, round=0), blocks, shared.values, 2 ** (bits - 1) - 1)
-    return np.where(values < 0, -levels, levels)
+    return reference.fields(values, 0, replace(KEY, source=worker, round=0), blocks, bits, shared)
 
 
 @every_width

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.codecs import Encoded, Float32
 from common.codecs.sign import SignCodec
-from tests.codecs.numpy_reference.packing import pack
+from tests.codecs.numpy_reference import sign as reference
 from tests.codecs.table import KEY, SIZES, VALUES, bytes_of, gaussian
 
 BLOCKS = (8, 24, 64, 512, 2056, 8192)
@@ -18,34 +17,14 @@ def build(stop: int, block: int) -> SignCodec:
     return SignCodec(start=0, stop=stop, block=block, wire_name=f"sign/{block}")
 
 
-def reference_encode(values: Float32, block: int) -> Encoded:
-    """Lane by lane: see `common.codecs.sign`."""
-    scales = []
-    for begin in range(0, len(values), block):
-        part = np.abs(values[begin : begin + block]).astype(np.float64)
-        lanes = np.zeros(64)
-        for row in range(0, len(part), 64):
-            lanes[: len(part[row : row + 64])] += part[row : row + 64]
-        while len(lanes) > 1:
-            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
-        scales.append(np.float32(lanes[0] / len(part)))
-    return Encoded(scales=np.array(scales, np.float32), payload=pack(values < 0, 1))
-
-
-def reference_decode(encoded: Encoded, n: int, block: int) -> Float32:
-    negative = np.unpackbits(np.frombuffer(bytes(encoded.payload), np.uint8), count=n, bitorder="little")
-    scales = np.repeat(encoded.scales, block)[:n]
-    return np.where(negative == 1, -scales, scales).astype(np.float32)
-
-
 @every_block
 def test_bytes_and_values_are_those_of_the_numpy_reference(block: int) -> None:
     vectors = [gaussian(n) for n in SIZES] + [make(1003) for make in VALUES.values()] + [gaussian(20_011)]
     for values in vectors:
         codec, n = build(len(values), block), len(values)
-        encoded, expected = codec.encode(values, 0, KEY), reference_encode(values, block)
+        encoded, expected = codec.encode(values, 0, KEY), reference.encode(values, block)
         assert bytes_of(encoded) == bytes_of(expected)
-        decoded = reference_decode(expected, n, block)
+        decoded = reference.decode(expected, n, block)
         for add in (False, True):
             out = gaussian(n, seed=9)
             wanted = out + decoded if add else decoded

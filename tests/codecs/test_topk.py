@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from common.codecs import Encoded, Float32
 from common.codecs.topk import TopkCodec, density_of
 from common.errors import CodecError
+from tests.codecs.numpy_reference import topk as reference
 from tests.codecs.table import KEY, SIZES, VALUES, bytes_of, gaussian
 
 CASES = [(8, 1 / 32), (64, 1 / 32), (64, 1.0), (1000, 0.1), (4096, 1 / 32), (1 << 16, 0.01), (512, 0.999)]
@@ -24,38 +23,13 @@ def build(stop: int, block: int, density: float) -> TopkCodec:
     return TopkCodec(start=0, stop=stop, block=block, density=density_of(density), wire_name="topk")
 
 
-def largest(values: Float32, count: int) -> list[int]:
-    """Places of the largest magnitudes, of equal ones the first; rising."""
-    return sorted(np.argsort(-np.abs(values), kind="stable")[:count].tolist())
-
-
-def reference_encode(values: Float32, block: int, density: float) -> Encoded:
-    bits, kept, places = max(1, math.ceil(math.log2(block))), [], b""
-    fraction = Fraction(density).limit_denominator(1 << 16)
-    for begin in range(0, len(values), block):
-        part = values[begin : begin + block]
-        chosen = largest(part, math.ceil(fraction * len(part)))
-        kept.append(part[chosen])
-        number = sum(place << (bits * i) for i, place in enumerate(chosen))
-        places += number.to_bytes((bits * len(chosen) + 7) // 8, "little")
-    return Encoded(scales=np.empty(0, np.float32), payload=np.concatenate([*kept, values[:0]]).tobytes() + places)
-
-
-def reference_decode(values: Float32, block: int, density: float) -> Float32:
-    out, fraction = np.zeros_like(values), Fraction(density).limit_denominator(1 << 16)
-    for begin in range(0, len(values), block):
-        part = values[begin : begin + block]
-        chosen = largest(part, math.ceil(fraction * len(part)))
-        out[begin : begin + block][chosen] = part[chosen]
-    return out
-
-
 def assert_same_as_the_reference(values: Float32, block: int, density: float) -> None:
     codec, n = build(len(values), block, density), len(values)
     encoded = codec.encode(values, 0, KEY)
-    assert bytes_of(encoded) == bytes_of(reference_encode(values, block, density))
+    assert bytes_of(encoded) == bytes_of(reference.encode(values, block, density))
     codec.check(encoded, 0, n)
-    decoded = reference_decode(values, block, density)
+    decoded = reference.sparse(values, block, density)
+    assert np.array_equal(reference.decode(encoded, n, block, density), decoded)
     for add in (False, True):
         out = gaussian(n, seed=9)
         wanted = out + decoded if add else decoded

@@ -19,11 +19,15 @@ from worker.exchange.gradients import HostGradient
 ROUNDS = 2
 ONE_SIDED = {
     "fp16": ["codec.name=fp16"],
+    "bf16": ["codec.name=bf16"],
     "8 bits": ["codec.bits=8"],
     "4 bits in blocks of 64": ["codec.bits=4", "codec.block=64"],
     "3 bits l2 by layer": ["codec.bits=3", "codec.block=layer", "codec.scale=l2"],
     "16 bits of all": ["codec.bits=16", "codec.block=all"],
     "paper 8 bits": ["codec.name=paper", "codec.bits=8"],
+    "rotated 2 bits": ["codec.name=rotated", "codec.bits=2", "codec.block=64"],
+    "sign": ["codec.name=sign", "codec.block=64"],
+    "topk": ["codec.name=topk", "codec.block=64", "codec.density=1/8"],
 }
 
 
@@ -73,6 +77,7 @@ def as_bytes(got: list[list[Any]]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("codec", ONE_SIDED, ids=ONE_SIDED.keys())
 def test_a_one_sided_average_has_the_bits_of_parameter_servers(codec: str) -> None:
+    """Of biased codecs also in the second round, to which each worker adds its residual of the first."""
     settings = ("workers=3", "exchange.bucket_bytes=1024", "seed=5", *ONE_SIDED[codec])
     expected = as_bytes(by_servers(job("servers=2", *settings)))
     assert as_bytes(by_collectives(collective(*settings))) == expected

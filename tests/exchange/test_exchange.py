@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,9 +14,11 @@ from common.codecs.shared import SharedCodec, average_of_sums
 from common.config import JobSpec
 from common.errors import CodecError, MismatchError, PeerLostError
 from common.layout import BucketKind, Layout, TensorSpec, plan_layout, pull_codec, push_codec, state_codec
-from tests.support import DEADLINE_S, DIGEST, TENSORS, Member, in_threads, job, members, running_servers
+from tests.exchange.colocated import ShardThread, colocated_members, shards
+from tests.support import DEADLINE_S, DIGEST, TENSORS, Member, in_threads, job, members, running_server, running_servers
 from worker.exchange.coordination import End
 
+__all__ = ["shards"]
 CODECS = {
     "none": ["codec.name=none"],
     "fp16": ["codec.name=fp16", "codec.two_sided=true"],
@@ -44,7 +47,9 @@ def states(layout: Layout, workers: int, rounds: int) -> Float32:
     return np.random.default_rng(8).standard_normal((rounds, workers, layout.e)).astype(np.float32)
 
 
-def run_rounds(joined: list[Member], spec: JobSpec, order: list[int], rounds: int) -> list[list[tuple[bytes, bytes]]]:
+def run_rounds(
+    joined: Sequence[Member], spec: JobSpec, order: list[int], rounds: int
+) -> list[list[tuple[bytes, bytes]]]:
     """All rounds on all workers, begun in the given order; returns the averages' bytes by worker and round."""
     layout = joined[0].layout
     g, s = gradients(layout, spec.workers, rounds), states(layout, spec.workers, rounds)
@@ -84,7 +89,7 @@ def reference(layout: Layout, spec: JobSpec, rounds: int) -> list[tuple[bytes, b
             residuals[worker] = wanted - decoded if push.biased else 0
             total = decoded if worker == 0 else total + decoded
         average = total if shared else total / np.float32(spec.workers)
-        for (start, stop), shard in {layout.encoder_range(shard): shard for shard in range(spec.servers)}.items():
+        for (start, stop), shard in {layout.encoder_range(shard): shard for shard in range(spec.shards)}.items():
             pull = pull_codec(layout, spec, shard)
             part = average[start:stop].copy()
             key = RandomKey(seed=spec.seed, round=round_, source=SERVER)
@@ -107,6 +112,25 @@ def test_all_workers_decode_the_reference_average_whatever_the_order_of_arrival(
         with running_servers(spec) as servers, members(spec, servers[0].address) as joined:
             by_worker = run_rounds(joined, spec, order, rounds=3)
         assert by_worker == [expected] * 3
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=CODECS.keys())
+def test_with_a_shard_on_every_node_all_workers_decode_the_reference_average_whatever_the_order_of_arrival(
+    codec: str, shards: list[ShardThread]
+) -> None:
+    spec = job("workers=3", "exchange.topology=colocated", "exchange.bucket_bytes=1024", *CODECS[codec])
+    expected = reference(plan_layout(TENSORS, spec), spec, rounds=3)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        with running_server(spec) as coordinator, colocated_members(spec, coordinator.address) as joined:
+            assert {bucket.shard for bucket in joined[0].layout.buckets} == {0, 1, 2}
+            shares = [{n for n, s in m.exchange._streams.items() if s.uses_memory} for m in joined]
+            assert shares == [{0}, {1}, {2}]
+            by_worker = run_rounds(joined, spec, order, rounds=3)
+            in_threads([member.leave for member in joined])
+            assert [member.shard.wait() for member in joined] == [0, 0, 0]
+            assert coordinator.outcome.result(DEADLINE_S).exit_code == 0
+        assert by_worker == [expected] * 3
+    assert len(shards) == 6
 
 
 def test_bucket_size_and_number_of_servers_do_not_change_the_average() -> None:

@@ -82,6 +82,7 @@ def test_a_bad_list_is_refused_before_the_worker_connects() -> None:
         (("data.batch_per_worker=1",), "expected data.batch_per_worker of at least 2, one for each local process"),
         (("exchange.topology=collective",), "expected one device of each worker (exchange.topology=collective has no"),
         (("codec.name=sign",), "expected one device of each worker (codec sign: its residual is kept by one process)"),
+        (("codec.name=topk",), "expected one device of each worker (codec topk: its residual is kept by one process)"),
     ],
 )
 def test_a_job_that_several_processes_cannot_do_is_refused_with_2(settings: tuple[str, ...], text: str) -> None:

@@ -161,7 +161,7 @@ def test_codecs_whose_scales_span_slices_encode_the_bytes_of_one_process(codec: 
     assert abs(ours.pushed_bytes - theirs.pushed_bytes) < 64  # both say all buckets; headers may differ by some bytes
 
 
-@pytest.mark.parametrize("codec", ["name=shared", "name=rotated", "name=paper", "name=bf16"])
+@pytest.mark.parametrize("codec", ["name=shared", "name=rotated", "name=paper", "name=bf16", "name=fp16"])
 def test_codecs_of_every_kind_keep_workers_of_several_processes_equal(codec: str) -> None:
     settings = (f"codec.{codec}", "codec.bits=4", "servers=2", "exchange.bucket_bytes=1024")
     workers = train(spec_of(2, *settings), [2, 1], ROUNDS)

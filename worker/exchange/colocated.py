@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import signal
 import socket
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import JobSpec
-from common.errors import PeerLostError, refusal
+from common.errors import EXIT_USAGE, PeerLostError, SpecError, refusal
 from common.events import Emitter
 from common.layout import Layout
 from common.node_memory import NodeMemory
@@ -64,36 +65,52 @@ class ShardProcess:
             trace: file that it writes its timeline to.
 
         Raises:
+            SpecError: there is no such command, or the shard refuses what it is told, as an address that is not ours.
             PeerLostError: it does not come up.
         """
         self._emit = emit
+        self._error: str | None = None
         self._spec = spec
         self._deadline_s = deadline_s
         self.memory = NodeMemory.make()
         """Where payloads between worker and shard lie, once it is assigned."""
         self._listening: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         memory = self.memory.descriptor
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-            pass_fds=(memory,),
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                start_new_session=True,
+                pass_fds=(memory,),
+            )
+        except OSError as error:
+            self.memory.close()
+            raise SpecError(refusal("a command that runs this node's shard", "shard_command", str(error))) from None
         self._reader = threading.Thread(target=self._read, name="shard", daemon=True)
         self._reader.start()
         traced = str(trace) if trace else None
-        self._say({"job_spec": spec.to_json(), "host": host, "trace": traced, "memory": memory})
+        self.address = self._started({"job_spec": spec.to_json(), "host": host, "trace": traced, "memory": memory})
+
+    def _started(self, words: dict[str, Any]) -> str:
+        """Tells it the job; returns the address that it listens on, or ends it and raises why there is none."""
         try:
-            address = self._listening.get(timeout=deadline_s)
+            with contextlib.suppress(PeerLostError):  # how it ended says more
+                self._say(words)
+            address = self._listening.get(timeout=self._deadline_s)
         except queue.Empty:
-            address = None
-        if address is None:
             self.close(0.0)
-            raise PeerLostError(refusal(f"a shard that listens on {host} within {deadline_s:g} s", "shard", "none"))
-        self.address = address
+            rule = f"a shard that listens on {words['host']} within {self._deadline_s:g} s"
+            raise PeerLostError(refusal(rule, "shard", "none")) from None
+        if address is not None:
+            return address
+        self.close()
+        code = self._process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        text = f"this node's shard: {self._error or f'it ended before it listened, {how}'}"
+        raise (SpecError if code == EXIT_USAGE else PeerLostError)(text)
 
     def assign(self, admission: Admission, layout: Layout, round_: int) -> None:
         """Tells it which shard it is: the one of its worker's index.
@@ -147,11 +164,14 @@ class ShardProcess:
         for line in self._process.stdout:
             try:
                 event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("event") == "listening":
-                self._listening.put(str(event["address"]))
-            elif event.get("event") in _FORWARDED:
+                kind = event["event"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a library has printed something
+            if kind == "listening":
+                self._listening.put(str(event.get("address")))
+            elif kind in _FORWARDED:
+                if kind == "error":
+                    self._error = str(event.get("text"))
                 text = f"this node's shard: {event.get('text')}"
                 self._emit("refused", worker_id=event.get("worker_id", ""), text=text)
         self._process.stdout.close()

@@ -44,7 +44,15 @@ class NumpyRandomized(RandomizedCodec):
         fields = np.where(values < 0, -fields, fields)
         return Encoded(scales=scales, payload=placed(pack(fields, self._bits), payload))
 
-    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool) -> None:
+    def decode(
+        self,
+        encoded: Encoded,
+        start: int,
+        out: Float32,
+        *,
+        add: bool,
+        key: RandomKey | None = None,  # noqa: ARG002
+    ) -> None:
         fields = signed(unpack(encoded.payload, len(out), self._bits), self._bits)
         unit = np.float32(1) / np.float32(2 ** (self._bits - 1) - 1)
         for run in runs(self._blocks, start, len(out)):
@@ -80,7 +88,15 @@ class NumpyPaper(PaperCodec):
             levels[at_top], negative[at_top] = 0, True
         return Encoded(scales=scales, payload=placed(pack(negative, 1) + pack(levels, self._bits), payload))
 
-    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool) -> None:
+    def decode(
+        self,
+        encoded: Encoded,
+        start: int,
+        out: Float32,
+        *,
+        add: bool,
+        key: RandomKey | None = None,  # noqa: ARG002
+    ) -> None:
         n = len(out)
         stream = memoryview(encoded.payload).cast("B")
         split = packed_bytes(n, 1)
@@ -114,7 +130,15 @@ class _NumpyFloats:
     ) -> Encoded:
         return Encoded(scales=np.empty(0, np.float32), payload=placed(self.narrow(values).tobytes(), payload))
 
-    def decode(self, encoded: Encoded, start: int, out: Float32, *, add: bool) -> None:  # noqa: ARG002
+    def decode(
+        self,
+        encoded: Encoded,
+        start: int,  # noqa: ARG002
+        out: Float32,
+        *,
+        add: bool,
+        key: RandomKey | None = None,  # noqa: ARG002
+    ) -> None:
         put(self.widen(bytes(encoded.payload)), out, add=add)
 
     def narrow(self, values: Float32) -> NDArray[np.generic]:
