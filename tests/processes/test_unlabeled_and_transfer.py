@@ -127,6 +127,28 @@ def test_a_resumed_run_keeps_its_unlabeled_images(tmp_path: Path, pseudo_labeled
     assert train_one(*MIXED, unlabeled=pseudo_labeled, resume=out)[0] == 0
 
 
+def test_a_worker_takes_the_unlabeled_images_that_the_job_names_and_no_others(
+    tmp_path: Path, pseudo_labeled: Path
+) -> None:
+    """The name changes nothing of the training; a resumed run keeps it, also without its checkpoint's memory."""
+    named, other = load_pseudo_labels(pseudo_labeled).digest(), relabeled(pseudo_labeled, tmp_path / "other")
+    pinned = (*MIXED, f"data.unlabeled_digest={named}")
+    said = f"expected a file with digest {named} (data.unlabeled_digest), "
+    said += f"got digest={load_pseudo_labels(other).digest()} ({other})"
+    code, events = train_one(*pinned, unlabeled=other)
+    assert (code, error_of(events)) == (2, said)
+    digests = []
+    for settings, out in ((pinned, tmp_path / "named"), (MIXED, tmp_path / "free")):
+        assert train_one(*settings, unlabeled=pseudo_labeled, out=out)[0] == 0
+        digests.append(json.loads((out / "result.json").read_text())["parameter_digest"])
+    assert digests[0] == digests[1]
+    code, events = train_one(*pinned, unlabeled=other, resume=tmp_path / "named")
+    assert (code, error_of(events)) == (2, said)
+    code, events = train_one(*MIXED, unlabeled=pseudo_labeled, resume=tmp_path / "named")
+    assert (code, "a resumed run keeps its job" in error_of(events)) == (65, True)
+    assert train_one(*pinned, unlabeled=pseudo_labeled, resume=tmp_path / "named")[0] == 0
+
+
 def test_a_job_with_unlabeled_images_needs_them(pseudo_labeled: Path) -> None:
     code, events = train_one(*MIXED)
     assert (code, "(--unlabeled FILE), got unlabeled=None" in error_of(events)) == (2, True)
