@@ -19,6 +19,7 @@ NAMES = [each.name for each in recipes.all_recipes()]
 KEPT = (
     "attack.name",
     "attack.norm",
+    "attack.loss",
     "objective",
     "optimizer",
     "codec",
