@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from enum import StrEnum
 from typing import Self
 
@@ -10,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from common.errors import refusal
 from common.section import Number, Section, number
+
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 class DatasetName(StrEnum):
@@ -47,6 +50,9 @@ class DataSpec(Section):
     unlabeled_fraction: Number = Field(default=0.0, ge=0, lt=1)
     """Part of each worker's batch that is drawn from pseudo-labeled images (`--unlabeled FILE`), in whole images,
     halves rounded up. An epoch is a pass over the labeled images."""
+    unlabeled_digest: str | None = None
+    """XXH3-128 of that file's pixels and pseudo-labels in hex, whatever else the file says; `datps train` fills it in.
+    Any file where absent. With `split=own` each worker has a file of its own, and none is named."""
     augment: bool = False
     """Training images: random crop after 4 pixels of zero padding, and horizontal flip."""
     batch_per_worker: int = Field(default=64, ge=1)
@@ -88,6 +94,13 @@ class DataSpec(Section):
             raise ValueError(refusal("a whole number of at least 1, or a fraction below 1", "labeled", value))
         return labeled
 
+    @field_validator("unlabeled_digest", mode="before")
+    @classmethod
+    def _unlabeled_digest_is_hex(cls, value: object) -> object:
+        if value is not None and not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+            raise ValueError(refusal("32 digits of 0-9 and a-f", "unlabeled_digest", value))
+        return value
+
     @field_validator("validation")
     @classmethod
     def _validation_is_a_fraction_or_a_count(cls, amount: float) -> float:
@@ -102,4 +115,16 @@ class DataSpec(Section):
             rule = f"at least one labeled and one unlabeled image in a batch of batch_per_worker={batch}"
             context = f"{unlabeled} unlabeled images"
             raise ValueError(refusal(rule, "unlabeled_fraction", self.unlabeled_fraction, context))
+        return self
+
+    @model_validator(mode="after")
+    def _one_file_is_named_where_all_workers_have_one(self) -> Self:
+        if self.unlabeled_digest is None:
+            return self
+        if not self.unlabeled_fraction:
+            rule = "unlabeled_fraction above 0 with unlabeled_digest"
+            raise ValueError(refusal(rule, "unlabeled_fraction", self.unlabeled_fraction))
+        if self.split is not Split.SHARED:
+            rule = "split=shared with unlabeled_digest"
+            raise ValueError(refusal(rule, "split", self.split, "with `own` each worker has a file of its own"))
         return self

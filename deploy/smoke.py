@@ -40,7 +40,7 @@ def shrunk(spec: JobSpec) -> Smoke:
     sections |= {"workers": min(spec.workers, _WORKERS), "servers": 1}
     sections["model"] = {"name": "small_cnn", "width": 8, "input_size": 16 if spec.model.input_size else None}
     sections["data"] |= {"name": "digits", "split": Split.SHARED.value, "labeled": _LABELED}
-    sections["data"] |= dict.fromkeys(("image_size", "classes", "mean", "std"))
+    sections["data"] |= dict.fromkeys(("image_size", "classes", "mean", "std", "unlabeled_digest"))
     sections["data"]["validation"] = _VALIDATION if spec.data.validation else 0.0
     sections["data"]["batch_per_worker"] = min(spec.data.batch_per_worker, _BATCH)
     sections["attack"] |= {"epsilon": _EPSILON[spec.attack.norm], "steps": min(spec.attack.steps, _STEPS)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import AttackLoss, AttackName, AttackNorm, AttackSpec, CodecName, JobSpec, ObjectiveName
+from common.config import AttackLoss, AttackName, AttackNorm, AttackSpec, CodecName, JobSpec, ObjectiveName, Split
 from common.errors import EXIT_RETRY, PeerLostError, SpecError, refusal
 from common.spec_sources import differences, load_job_spec
 from common.timeline import merge
@@ -161,13 +161,28 @@ def command_to_resume(options: TrainOptions) -> str:
 
 
 def with_local_files(spec: JobSpec, *, unlabeled: Path | None, init: Path | None) -> JobSpec:
-    """The job of a new run, which says of the file that it starts from what its content is.
+    """The job of a new run, which says what the content of its files is.
 
     Raises:
         SpecError: a file that the job has no use for, one that it lacks, or another one than it names.
+        DataError: no file of pseudo-labeled images.
     """
     refuse_unfit_unlabeled(spec.data, unlabeled)
     refuse_unfit_init(spec.transfer, init)
+    return _with_init(_with_unlabeled(spec, unlabeled), init)
+
+
+def _with_unlabeled(spec: JobSpec, unlabeled: Path | None) -> JobSpec:
+    """Names the file that all workers share; with data of their own, each is free to have another one."""
+    if unlabeled is None or spec.data.split is not Split.SHARED:
+        return spec
+    from worker.pseudo_labels import digest_as_named, load_pseudo_labels
+
+    digest = digest_as_named(load_pseudo_labels(unlabeled), spec.data, unlabeled)
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"unlabeled_digest": digest})})
+
+
+def _with_init(spec: JobSpec, init: Path | None) -> JobSpec:
     if init is None:
         return spec
     from worker.pretrained import weights_file

@@ -34,6 +34,7 @@ CHANGED: dict[str, object] = {
     "data.labeled": 40,
     "data.labeled_seed": 3,
     "data.unlabeled_fraction": 0.25,
+    "data.unlabeled_digest": "0f" * 16,
     "data.augment": True,
     "data.batch_per_worker": 17,
     "data.validation": 0.1,
@@ -116,11 +117,14 @@ BESIDE = {
     "attack.replays": {"attack.name": "fgsm"},
     "smoothing.samples": {"smoothing.noise_std": 0.5},
     "evaluation.patience": {"data.validation": 0.2},
+    "data.unlabeled_digest": {"data.unlabeled_fraction": 0.5},
     **{f"transfer.{name}": {"transfer.init": True} for name in ("sha256", "head", "freeze")},
 }
 """What else a key needs, where its value is refused alone."""
-TOGETHER = {key: value for key, value in CHANGED.items() if key not in ("servers", "attack.replays")}
-"""All of them that go together: workers that hold the shards leave one server, the default."""
+APART = ("servers", "attack.replays", "data.unlabeled_digest")
+"""Workers that hold the shards leave one server, the default; those with data of their own share no file."""
+TOGETHER = {key: value for key, value in CHANGED.items() if key not in APART}
+"""All of them that go together."""
 
 FORM = re.compile(r"expected .+, got \S+=.* \(.+\)")
 FLOATS = [key for key, value in CHANGED.items() if isinstance(value, float)]
@@ -419,6 +423,14 @@ def test_switch_is_no_number() -> None:
         ),
         ("data.unlabeled_fraction=0.995", None),
         (
+            f"data.unlabeled_digest={'0f' * 16}",
+            "expected unlabeled_fraction above 0 with unlabeled_digest, got unlabeled_fraction=0.0 (data, job spec)",
+        ),
+        (
+            f"data.unlabeled_digest={'0F' * 16}",
+            f"expected 32 digits of 0-9 and a-f, got unlabeled_digest={'0F' * 16} (data.unlabeled_digest, --set)",
+        ),
+        (
             "transfer.head=new",
             "expected transfer.init=true (or datps train --init FILE), got head=new (transfer, job spec)",
         ),
@@ -432,6 +444,15 @@ def test_switch_is_no_number() -> None:
 def test_refusal_says_rule_value_and_place(setting: str, expected: str | None) -> None:
     message = refusal_of(setting)
     assert message == expected or (expected is None and FORM.fullmatch(message)), message
+
+
+def test_workers_with_data_of_their_own_share_no_file_that_could_be_named() -> None:
+    mixed = ("data.unlabeled_fraction=0.5", f"data.unlabeled_digest={'0f' * 16}")
+    assert load_job_spec(settings=mixed).data.unlabeled_digest == "0f" * 16
+    assert refusal_of(*mixed, "data.split=own") == (
+        "expected split=shared with unlabeled_digest, got split=own "
+        "(with `own` each worker has a file of its own) (data, job spec)"
+    )
 
 
 def test_refusal_of_a_variable_names_it() -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.config import DataSpec
-from common.errors import DataError, StorageError, refusal
+from common.errors import DataError, SpecError, StorageError, refusal
 from worker.data import Dataset, TensorSamples, Unlabeled
 from worker.datasets import load_dataset
 from worker.local_files import held_back_of, refuse_unfit_unlabeled
@@ -63,11 +63,16 @@ class PseudoLabels:
         return self.images if self.layout == "NCHW" else self.images.permute(0, 3, 1, 2)
 
     def digest(self) -> str:
-        """XXH3-128 of pixels, as NCHW, and labels, in hex: the same whatever the file says beside them."""
+        """XXH3-128 of pixels, as NCHW, and labels, in hex: the same whatever the file says beside them.
+
+        Of `maximum`, too, where no pixel is as bright: elsewhere it is one of the pixels.
+        """
         state = xxhash.xxh3_128()
         for images in torch.split(self.channels_first, 4096):  # copies a part at a time, if at all
             state.update(np.ascontiguousarray(images.numpy()).data)
         state.update(np.ascontiguousarray(self.labels.numpy()).data)
+        if int(self.images.max()) < self.maximum:
+            state.update(bytes([self.maximum]))
         return state.hexdigest()
 
 
@@ -149,8 +154,10 @@ def with_pseudo_labels(dataset: Dataset, spec: DataSpec, path: Path) -> Dataset:
 
     Raises:
         DataError: the file does not fit the data.
+        SpecError: it is another one than the job names.
     """
     content = load_pseudo_labels(path)
+    digest = digest_as_named(content, spec, path)
     images, labels, context = content.channels_first, content.labels, str(path)
     shape = (dataset.in_channels, dataset.image_size, dataset.image_size)
     if tuple(images.shape[1:]) != shape:
@@ -168,8 +175,21 @@ def with_pseudo_labels(dataset: Dataset, spec: DataSpec, path: Path) -> Dataset:
     return replace(
         dataset,
         train=Joined(dataset.train, pseudo_labeled),
-        unlabeled=Unlabeled(samples=len(labels), digest=content.digest()),
+        unlabeled=Unlabeled(samples=len(labels), digest=digest),
     )
+
+
+def digest_as_named(content: PseudoLabels, spec: DataSpec, path: Path) -> str:
+    """The digest of a file's content, if the job names it or names none.
+
+    Raises:
+        SpecError: the job names another one.
+    """
+    digest = content.digest()
+    if spec.unlabeled_digest not in (None, digest):
+        rule = f"a file with digest {spec.unlabeled_digest} (data.unlabeled_digest)"
+        raise SpecError(refusal(rule, "digest", digest, str(path)))
+    return digest
 
 
 def _refuse_other_held_back(said: Mapping[str, Any] | None, spec: DataSpec, context: str) -> None:

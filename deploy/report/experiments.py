@@ -11,7 +11,8 @@ from typing import Any
 from common.config import JobSpec
 from deploy.report.collect import RunData, method_of
 
-_SAME_EXPERIMENT = ("seed", "job_id", "deadlines.", "checkpoint.", "exchange.", "transfer.sha256")
+_FILES = ("transfer.sha256", "data.unlabeled_digest")
+_SAME_EXPERIMENT = ("seed", "job_id", "deadlines.", "checkpoint.", "exchange.", *_FILES)
 """Keys, and beginnings of keys, that do not make another experiment of a job ..."""
 _BUT = ("exchange.topology",)
 """... but for these: who averages is what the seconds and bytes are about."""

@@ -30,8 +30,8 @@ from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_
 from deploy.studies.sources import are_labels_of, refuse_other_init, refuse_other_labels
 from deploy.studies.table import Line, Verdict, in_words, line_of, markdown, verdicts_of
 
-_SET_BY_INIT = ("transfer.init", "transfer.sha256")
-"""Keys of the job that `datps train --init` fills in."""
+_SET_BY_FILES = ("transfer.init", "transfer.sha256", "data.unlabeled_digest")
+"""Keys of the job that `datps train` fills in, of the files that it is given (--init, --unlabeled)."""
 
 
 class CommandError(DatpsError):
@@ -200,7 +200,7 @@ class Study:
             return False
         there, _ = runs.read_job(folder)
         for key, ours, theirs in differences(job, there):
-            if key in _SET_BY_INIT:
+            if key in _SET_BY_FILES:
                 continue
             rule = f"{key}={ours} as the study says (or remove the folder)"
             raise SpecError(refusal(rule, key, theirs, str(folder)))

@@ -48,18 +48,27 @@ def refuse_other_labels(folder: Path, labels: Path) -> None:
     """Refuses a run that has been trained with other pseudo-labels than a file's.
 
     Args:
-        folder: of the run. Without checkpoints nobody knows any more.
+        folder: of the run; told by its checkpoint, or without one by its job, if that names them.
         labels: the file.
 
     Raises:
         SpecError: so it is.
         CheckpointError, DataError: a file is damaged.
     """
-    theirs = load_checkpoint(find_checkpoint(folder)).unlabeled if runs.has_checkpoint(folder) else ""
+    theirs = _labels_of(folder)
     if not theirs:
         return
     content = load_pseudo_labels(labels)
     ours = str(Unlabeled(samples=len(content.labels), digest=content.digest()))
-    if ours != theirs:
+    if not ours.endswith(theirs):
         rule = f"a run with the pseudo-labels in {labels}, {ours} (or remove the folder)"
         raise SpecError(refusal(rule, "unlabeled", theirs, str(folder)))
+
+
+def _labels_of(folder: Path) -> str:
+    """What a run says of its pseudo-labels, their digest at the end; empty where nobody knows."""
+    if runs.has_checkpoint(folder):
+        return load_checkpoint(find_checkpoint(folder)).unlabeled
+    if runs.read_result(folder) is None:
+        return ""
+    return runs.read_job(folder)[0].data.unlabeled_digest or ""

@@ -22,7 +22,7 @@ from deploy.cli import app
 from deploy.cluster import DatpsCommands
 from deploy.supervision import Outcome
 from worker.local_files import sha256_of
-from worker.pseudo_labels import load_pseudo_labels
+from worker.pseudo_labels import PseudoLabels, load_pseudo_labels, save_pseudo_labels
 
 
 def datps(*arguments: str, **variables: str) -> Result:
@@ -59,9 +59,14 @@ def test_a_worker_gets_its_files_from_flags_and_variables(calls: list[Any]) -> N
     assert (calls[0].unlabeled, calls[0].init) == (Path("here"), Path("there"))
 
 
+def pseudo_labels(path: Path, first_label: int = 0) -> Path:
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    save_pseudo_labels(path, PseudoLabels(images=images, labels=torch.tensor([first_label, 1])))
+    return path
+
+
 def test_training_from_a_file_makes_it_part_of_the_job(calls: list[Any], tmp_path: Path) -> None:
-    file = weights(tmp_path / "theirs.pth")
-    (tmp_path / "pseudo").touch()
+    file, labels = weights(tmp_path / "theirs.pth"), pseudo_labels(tmp_path / "pseudo")
     settings = ["--set", "data.unlabeled_fraction=0.25", "--set", "transfer.freeze=all-but-head"]
 
     ended = datps("train", "--init", "theirs.pth", "--unlabeled", "pseudo", *settings)
@@ -72,6 +77,7 @@ def test_training_from_a_file_makes_it_part_of_the_job(calls: list[Any], tmp_pat
     assert options.spec.transfer.init is True
     assert options.spec.transfer.sha256 == sha256_of(file)
     assert options.spec.transfer.freeze == ("all-but-head",)
+    assert options.spec.data.unlabeled_digest == load_pseudo_labels(labels).digest()
 
 
 def test_a_job_that_names_its_file_is_trained_from_that_one_only(calls: list[Any], tmp_path: Path) -> None:
@@ -87,12 +93,38 @@ def test_a_job_that_names_its_file_is_trained_from_that_one_only(calls: list[Any
     assert not (tmp_path / "second").exists()
 
 
+def test_a_job_that_names_its_unlabeled_images_is_trained_with_those_only(calls: list[Any], tmp_path: Path) -> None:
+    named = load_pseudo_labels(pseudo_labels(tmp_path / "pseudo")).digest()
+    (tmp_path / "job.yaml").write_text(f"data: {{unlabeled_fraction: 0.5, unlabeled_digest: {named}}}")
+    train = ("train", "--job", "job.yaml", "--unlabeled", "pseudo")
+    assert datps(*train).exit_code == 0
+    other = load_pseudo_labels(pseudo_labels(tmp_path / "pseudo", first_label=2)).digest()
+
+    ended = datps(*train, "--out", "second")
+
+    assert (ended.exit_code, len(calls)) == (2, 1)
+    said = ended.stderr.replace("\n", " ")
+    assert f"expected a file with digest {named} (data.unlabeled_digest), got digest={other} (pseudo)" in said
+    assert not (tmp_path / "second").exists()
+
+
+def test_workers_with_data_of_their_own_get_a_file_that_the_job_does_not_name(calls: list[Any], tmp_path: Path) -> None:
+    pseudo_labels(tmp_path / "pseudo")
+    settings = ("--set", "data.unlabeled_fraction=0.5", "--set", "data.split=own")
+    assert datps("train", "--unlabeled", "pseudo", *settings).exit_code == 0
+    assert (calls[0].unlabeled, calls[0].spec.data.unlabeled_digest) == (Path("pseudo"), None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--set", "data.unlabeled_fraction=0.5"], "(--unlabeled FILE), got unlabeled=None"),
         (["--unlabeled", "pseudo"], "expected data.unlabeled_fraction above 0 with --unlabeled"),
         (["--unlabeled", "gone", "--set", "data.unlabeled_fraction=0.5"], "a file that exists, got unlabeled=gone"),
+        (
+            ["--unlabeled", "theirs.pth", "--set", "data.unlabeled_fraction=0.5"],
+            "expected a file of pseudo-labeled images",
+        ),
         (["--set", "transfer.init=true"], "(--init FILE), got init=None"),
         (["--init", "theirs.pth", "--set", "transfer.init=false"], "expected transfer.init=true with --init"),
         (["--init", "gone.pth"], "expected a file or folder that exists, got init=gone.pth"),
@@ -120,6 +152,19 @@ def test_a_resumed_run_needs_no_file_and_may_have_it_for_its_baseline(calls: lis
     assert datps("train", "--resume", "run", "--init", "theirs.pth").exit_code == 0
     assert [options.init for options in calls[1:]] == [None, Path("theirs.pth")]
     assert calls[2].spec == calls[0].spec
+
+
+def test_a_resumed_run_keeps_the_name_of_its_unlabeled_images(calls: list[Any], tmp_path: Path) -> None:
+    """Its workers are given whatever file is said, and compare."""
+    pseudo_labels(tmp_path / "pseudo")
+    train = ("train", "--unlabeled", "pseudo", "--set", "data.unlabeled_fraction=0.5", "--out", "run")
+    assert datps(*train).exit_code == 0
+    runs.write_job(tmp_path / "run", calls[0].spec, "title")
+    (tmp_path / "run/checkpoints/round-000001").mkdir(parents=True)
+    assert datps("train", "--resume", "run", "--unlabeled", "pseudo").exit_code == 0
+    assert calls[1].spec == calls[0].spec
+    ended = datps("train", "--resume", "run", "--unlabeled", "pseudo", "--set", f"data.unlabeled_digest={'0f' * 16}")
+    assert (ended.exit_code, "a resumed run keeps its job" in ended.stderr.replace("\n", " ")) == (2, True)
 
 
 def test_every_worker_of_a_local_cluster_gets_the_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from common.config import JobSpec
 from common.errors import SpecError
-from common.spec_sources import load_job_spec
+from common.spec_sources import differences, load_job_spec
 from deploy import recipes
 from deploy.report.collect import communication_of, method_of
 from deploy.report.paper import TABLE_4
@@ -143,6 +143,13 @@ def test_semi_supervised_jobs_make_as_many_updates_as_passes_over_all_images_wou
     )
     assert spec.schedule.epochs * plan.rounds_per_epoch == pytest.approx(100 * 550_000 / batch, rel=0.02)
     assert (spec.schedule.warmup, spec.schedule.decay_at) == (0.05, (20 / 30, 25 / 30, 28 / 30))
+
+
+def test_semi_supervised_trades_differs_in_objective_and_attack_loss_only() -> None:
+    trades, base = job("cifar10-semi-trades-dat-pgd"), job("cifar10-semi-dat-pgd")
+    assert (trades.objective.name, trades.objective.beta, trades.attack.loss) == ("trades", 6.0, "kl")
+    assert {key for key, _, _ in differences(trades, base)} == {"objective.name", "attack.loss"}
+    assert trades.data.unlabeled_fraction == 0.5
 
 
 def test_baselines_of_one_worker_with_sgd_do_not_warm_up() -> None:

@@ -54,11 +54,14 @@ def test_another_job_is_another_row_that_says_in_what(tmp_path: Path, other: str
         ("deadlines.round_s=9",),
         ("checkpoint.keep=7",),
         ("transfer.sha256=" + "ab" * 32,),
+        ("data.unlabeled_digest=" + "ab" * 16,),
     ],
 )
 def test_seed_and_how_a_job_is_carried_out_make_no_other_experiment(tmp_path: Path, same: tuple[str, ...]) -> None:
-    make_run(tmp_path / "a", "transfer.init=true", "transfer.sha256=" + "cd" * 32)
-    make_run(tmp_path / "b", "transfer.init=true", "transfer.sha256=" + "cd" * 32, *same)
+    init = ("transfer.init=true", "transfer.sha256=" + "cd" * 32)
+    files = (*init, "data.unlabeled_fraction=0.5", "data.unlabeled_digest=" + "cd" * 16)
+    make_run(tmp_path / "a", *files)
+    make_run(tmp_path / "b", *files, *same)
     assert [len(experiment.runs) for experiment in experiments(collect([tmp_path]))] == [2]
 
 

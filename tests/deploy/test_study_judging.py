@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from common.errors import DatpsError, SpecError
+from deploy import runs
 from deploy.certify_cli import certify
 from deploy.studies.judging import evaluation_figures
 from deploy.studies.plan import CertifySpec
@@ -83,6 +84,28 @@ def test_labels_that_were_removed_are_made_again_and_their_student_is_kept(tmp_p
     done_by(TEACHING, tmp_path)
     (tmp_path / "32-bits/seed-0-pseudo-labels.safetensors").unlink()
     assert done_by(TEACHING, tmp_path) == ["pseudo-label 32-bits/seed-0"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named by the job", "by an earlier version"])
+def test_a_student_without_checkpoints_is_known_by_its_job_if_that_names_its_labels(
+    tmp_path: Path, named: bool
+) -> None:
+    done_by(TEACHING, tmp_path)
+    student = tmp_path / "4-bits/seed-0"
+    shutil.rmtree(student / "checkpoints")
+    if not named:
+        job, title = runs.read_job(student)
+        earlier = job.model_copy(update={"data": job.data.model_copy(update={"unlabeled_digest": None})})
+        runs.write_job(student, earlier, title)
+    assert done_by(TEACHING, tmp_path) == []
+    shutil.rmtree(tmp_path / "32-bits/seed-0")
+    machine = Machine(ROBUST, version="another ")
+    if named:
+        with pytest.raises(SpecError, match=r"\(or remove the folder\), got unlabeled=[0-9a-f]{32} .*4-bits/seed-0\)"):
+            study(TEACHING, tmp_path, machine).run()
+    else:
+        study(TEACHING, tmp_path, machine).run()
+    assert machine.verbs == ["train 32-bits/seed-0", "pseudo-label 32-bits/seed-0"]
 
 
 # Evaluation

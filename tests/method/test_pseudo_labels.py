@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -97,6 +98,16 @@ def test_the_digest_is_that_of_the_content_whatever_layout_and_header() -> None:
     assert content(images=images, labels=torch.tensor([0, 1, 2, 3, 4, 6])).digest() != first.digest()
 
 
+def test_the_digest_tells_by_what_the_same_pixels_are_divided() -> None:
+    """Where a pixel is as bright as the maximum, files of earlier versions keep the digest that runs name."""
+    dark = content().images.clamp(max=7)
+    assert content(images=dark).digest() != content(images=dark, maximum=255).digest()
+    assert content().digest() != content(maximum=255).digest()
+    state = xxhash.xxh3_128(content().images.numpy().tobytes())
+    state.update(torch.arange(6).numpy().tobytes())
+    assert content().digest() == state.hexdigest()
+
+
 def test_a_file_of_somebody_else_needs_images_labels_and_a_layout(tmp_path: Path) -> None:
     images, labels = torch.zeros(2, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1])
     save_file({"images": images, "labels": labels}, tmp_path / "theirs", {"layout": "NHWC"})
@@ -159,6 +170,17 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 # Beside labeled data
+
+
+def test_a_job_that_names_its_images_takes_no_others(tmp_path: Path) -> None:
+    named, other = content().digest(), content(labels=torch.tensor([0, 1, 2, 3, 4, 6]))
+    copy = saved(tmp_path / "copy", confidence=torch.ones(6), made_by={"who": "else"})
+    assert load_training_data(spec(unlabeled_digest=named), root=None, unlabeled=copy).unlabeled is not None
+    save_pseudo_labels(tmp_path / "other", other)
+    rule = rf"a file with digest {named} \(data.unlabeled_digest\), got digest={other.digest()} \(.*other\)"
+    with pytest.raises(SpecError, match=rule) as caught:
+        load_training_data(spec(unlabeled_digest=named), root=None, unlabeled=tmp_path / "other")
+    assert caught.value.exit_code == 2
 
 
 def test_pseudo_labeled_images_come_after_the_labeled_ones(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ NAMES = [each.name for each in recipes.all_recipes()]
 KEPT = (
     "attack.name",
     "attack.norm",
+    "attack.loss",
     "objective",
     "optimizer",
     "codec",
@@ -55,6 +56,14 @@ def test_the_smoke_form_keeps_the_method(name: str) -> None:
     if small.first:
         assert not small.first.transfer.init
         assert small.first.data.unlabeled_fraction == 0
+
+
+def test_the_smoke_form_names_none_of_the_files_that_the_job_names() -> None:
+    files = {"data": {"unlabeled_fraction": 0.5, "unlabeled_digest": "0f" * 16}}
+    files["transfer"] = {"init": True, "sha256": "0f" * 32}
+    small = shrunk(JobSpec.model_validate(files))
+    assert (small.spec.data.unlabeled_fraction, small.spec.transfer.init) == (0.5, True)
+    assert (small.spec.data.unlabeled_digest, small.spec.transfer.sha256) == (None, None)
 
 
 @pytest.mark.processes

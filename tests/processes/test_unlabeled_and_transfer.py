@@ -10,18 +10,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from common.config import JobSpec
 from ps.outcome import Outcome
 from tests.processes.test_worker_in_thread import FAST, TRAINING_S, error_of, image_folder, work
 from tests.support import DEADLINE_S, job, running_server
+from tests.training.test_trainer import model_for
 from worker.checkpoint import find_checkpoint, load_checkpoint
+from worker.data import BatchPlan
+from worker.datasets import load_dataset
 from worker.judging.evaluation import evaluate_model
 from worker.labeling import HELD_BACK, pseudo_label
 from worker.local.member import build
 from worker.local.processes import Order, built
 from worker.local_files import sha256_of
 from worker.pseudo_labels import load_pseudo_labels, save_pseudo_labels
+from worker.randomness import Purpose, round_generator
 
 SMALL = ("model.width=4", "data.batch_per_worker=40", "schedule.epochs=1", *FAST)
 MIXED = ("data.labeled=60", "data.unlabeled_fraction=0.5", *SMALL)
@@ -90,6 +95,66 @@ def test_two_workers_divide_labeled_and_unlabeled_images(tmp_path: Path, pseudo_
     assert evaluate_model(str(tmp_path / "run"))["samples"] == 360  # without the unlabeled images
 
 
+CONSTANT_SGD = ("optimizer.name=sgd", "optimizer.learning_rate=0.1", "schedule.decay_factor=1", "codec.name=none")
+TRADES = ("objective.name=trades", "attack.loss=kl", "attack.steps=2")
+
+
+def test_trades_on_mixed_batches_is_a_plain_loop_of_its_definition(tmp_path: Path, pseudo_labeled: Path) -> None:
+    """Pseudo-labels count as labels, and the divergence is of all images, in the attack and in the update.
+
+    One worker, two passes over 60 labeled digits: 6 rounds. Roundings turn the sign of a few vanishing gradients.
+    """
+    spec = job("workers=1", *MIXED, *CONSTANT_SGD, *TRADES, "schedule.epochs=2")
+    ((code, events),) = train_together(spec, [{"unlabeled": pseudo_labeled, "out": tmp_path}])
+    assert code == 0, error_of(events)
+    ours = load_file(find_checkpoint(tmp_path) / "state.safetensors")
+    dataset, file = load_dataset(spec.data, root=None), load_file(pseudo_labeled)
+    images = torch.cat([dataset.train.images(torch.arange(60)), file["images"].float() / 16])
+    labels = torch.cat([dataset.train.labels, file["labels"]])
+    plan = BatchPlan(
+        samples_by_worker=(60,),
+        split=spec.data.split,
+        batch_per_worker=40,
+        workers=1,
+        seed=spec.seed,
+        unlabeled=1377,
+        unlabeled_per_batch=20,
+    )
+
+    def plain(*, with_labels: int = 1437, with_divergence: int = 1437) -> tuple[float, list[float]]:
+        """How far our parameters are from a loop's that takes terms of the first so many images only; its losses."""
+        model, losses, o = model_for(spec, dataset), [], spec.optimizer
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=o.momentum, weight_decay=o.weight_decay)
+        for round_ in range(6):
+            indices = plan.indices(round_, 0)
+            x = images[indices]
+            draws = round_generator(spec.seed, round_, 0, Purpose.ATTACK)
+            z = x + torch.empty_like(x).normal_(0, 0.001, generator=draws)
+            for _ in range(2):
+                z.requires_grad_()
+                divergence = F.kl_div(model(z).log_softmax(1), model(x).softmax(1).detach(), reduction="sum")
+                z = z.detach() + 0.1 * torch.autograd.grad(divergence, z)[0].sign()
+                z = torch.minimum(torch.maximum(z, x - 0.2), x + 0.2).clamp(0, 1)
+            p, q = model(x).softmax(1), model(z).softmax(1)
+            entropies = -p[torch.arange(40), labels[indices]].log() * (indices < with_labels)
+            divergences = (p * (p / q).log()).sum(1) * (indices < with_divergence)
+            loss = entropies.mean() + 6 * divergences.mean()
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses.append(loss.item())
+        theirs = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        off = torch.cat([(ours[f"model.{name}"] - theirs[name]).reshape(-1) for name in theirs])
+        return float(off.norm() / torch.cat([each.reshape(-1) for each in theirs.values()]).norm()), losses
+
+    distance, losses = plain()
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-3)
+    assert distance < 4e-4
+    assert plain(with_labels=60)[0] > 10 * 4e-4
+    assert plain(with_divergence=60)[0] > 10 * 4e-4
+
+
 def relabeled(file: Path, to: Path) -> Path:
     """The same images with another label on one of them."""
     content = load_pseudo_labels(file)
@@ -125,6 +190,28 @@ def test_a_resumed_run_keeps_its_unlabeled_images(tmp_path: Path, pseudo_labeled
     code, events = train_one(*MIXED, unlabeled=other, resume=out)
     assert (code, "expected unlabeled data of the checkpoint (1377 unlabeled" in error_of(events)) == (2, True)
     assert train_one(*MIXED, unlabeled=pseudo_labeled, resume=out)[0] == 0
+
+
+def test_a_worker_takes_the_unlabeled_images_that_the_job_names_and_no_others(
+    tmp_path: Path, pseudo_labeled: Path
+) -> None:
+    """The name changes nothing of the training; a resumed run keeps it, also without its checkpoint's memory."""
+    named, other = load_pseudo_labels(pseudo_labeled).digest(), relabeled(pseudo_labeled, tmp_path / "other")
+    pinned = (*MIXED, f"data.unlabeled_digest={named}")
+    said = f"expected a file with digest {named} (data.unlabeled_digest), "
+    said += f"got digest={load_pseudo_labels(other).digest()} ({other})"
+    code, events = train_one(*pinned, unlabeled=other)
+    assert (code, error_of(events)) == (2, said)
+    digests = []
+    for settings, out in ((pinned, tmp_path / "named"), (MIXED, tmp_path / "free")):
+        assert train_one(*settings, unlabeled=pseudo_labeled, out=out)[0] == 0
+        digests.append(json.loads((out / "result.json").read_text())["parameter_digest"])
+    assert digests[0] == digests[1]
+    code, events = train_one(*pinned, unlabeled=other, resume=tmp_path / "named")
+    assert (code, error_of(events)) == (2, said)
+    code, events = train_one(*MIXED, unlabeled=pseudo_labeled, resume=tmp_path / "named")
+    assert (code, "a resumed run keeps its job" in error_of(events)) == (65, True)
+    assert train_one(*pinned, unlabeled=pseudo_labeled, resume=tmp_path / "named")[0] == 0
 
 
 def test_a_job_with_unlabeled_images_needs_them(pseudo_labeled: Path) -> None:
