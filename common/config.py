@@ -192,7 +192,8 @@ class ComputeSpec(Section):
     precision: Precision = Precision.FLOAT32
     """`bfloat16`: products of matrices and convolutions in that format (autocast); parameters stay float32."""
     channels_last: bool = False
-    """Images and activations as NHWC in memory, which suits tensor cores and oneDNN."""
+    """Images and activations as NHWC in memory, which suits tensor cores and oneDNN; images of one channel are the same
+    either way."""
     compile: bool = False
     """Compile the network with torch.compile; takes up to a minute at the start, and needs a C++ compiler."""
 

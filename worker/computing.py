@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from common.config import ComputeSpec, Precision
 from common.errors import SpecError, refusal
+
+_LEAST_CHANNELS = 16
+"""Of a strided 1x1 convolution on the CPU, channels last: with fewer oneDNN's backward pass writes beyond its memory,
+below 8 with AVX2 and below 16 with AVX-512 (oneDNN issue 6035, open; seen with torch 2.15 for 2 to 7 channels)."""
 
 
 class Computing(nn.Module):
@@ -40,8 +45,24 @@ def computing(spec: ComputeSpec, model: nn.Module) -> nn.Module:
     """The model as training calls it; the very model where `spec` changes nothing.
 
     Raises:
-        SpecError: it is to be compiled, and there is nothing to compile it with.
+        SpecError: it is to be compiled, and there is nothing to compile it with; or a layer of it would corrupt memory.
     """
     if spec.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
         raise SpecError(refusal("a C++ compiler (g++, clang++ or CXX)", "compute.compile", True, "none found"))
+    if spec.channels_last:
+        for name, module in model.named_modules():
+            if _writes_beyond_its_memory(module):
+                layers = f"strided 1x1 convolutions of at least {_LEAST_CHANNELS} channels"
+                rule = f"{layers} with compute.channels_last on the CPU"
+                raise SpecError(refusal(rule, "channels", module.in_channels, name))
     return model if spec == ComputeSpec() else Computing(model, spec)
+
+
+def _writes_beyond_its_memory(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.weight.device.type == "cpu"
+        and module.kernel_size == (1, 1)
+        and max(int(each) for each in module.stride) > 1
+        and 1 < module.in_channels < _LEAST_CHANNELS
+    )

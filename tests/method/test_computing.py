@@ -20,8 +20,8 @@ ATTACK = make_attack(AttackSpec(steps=3, epsilon=0.1))
 COST = ObjectiveSpec(clean_weight=1.0)
 
 
-def resnet8() -> nn.Module:
-    spec = ModelSpec(name=ModelName.RESNET8, width=8)
+def resnet8(width: int = 16) -> nn.Module:
+    spec = ModelSpec(name=ModelName.RESNET8, width=width)
     model = build_model(spec, in_channels=3, image_size=16, classes=5, mean=(0.4,) * 3, std=(0.2,) * 3, seed=3)
     return model.train()
 
@@ -46,6 +46,14 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SpecError, match=r"expected a C\+\+ compiler .*, got compute\.compile=True"):
         computing(ComputeSpec(compile=True), resnet8())
+
+
+@pytest.mark.parametrize("width", [2, 15])
+def test_a_layer_in_which_channels_last_corrupts_memory_is_refused(width: int) -> None:
+    rule = r"expected strided 1x1 convolutions of at least 16 channels with compute\.channels_last on the CPU"
+    with pytest.raises(SpecError, match=rf"{rule}, got channels={width} \(.*shortcut"):
+        computing(ComputeSpec(channels_last=True), resnet8(width))
+    assert computing(ComputeSpec(), resnet8(width))
 
 
 def test_channels_last_gives_the_same_gradient_to_rounding() -> None:
