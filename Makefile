@@ -31,7 +31,7 @@ train: $(VENV)/.package  ## train the default recipe on this machine
 	$(BIN)/datps train $(ARGS)
 
 test: $(VENV)/.test $(PROTO_VENV)/.tools-$(GRPCIO_TOOLS)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 smoke: $(VENV)/.package  ## run the smoke form of every recipe, about ten minutes
 	$(BIN)/python -m bench.smoke $(ARGS)

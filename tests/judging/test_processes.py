@@ -86,9 +86,14 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(module_name: str, tmp_path
     command = [sys.executable, "-m", "deploy.cli", "evaluate", f"{module_name}:linear", "--devices", "cpu:2"]
     command += ["--threads", "1", "--attack", "pgd:1000x1000,epsilon=0.001", "--batch", "20", "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started.stderr
     line = started.stderr.readline()  # both processes are at work
     os.killpg(started.pid, signal.SIGINT)
