@@ -1,7 +1,8 @@
 """The C heap of a process that moves megabytes: freed memory is kept for the next message instead of given back.
 
-glibc maps every block above 128 KiB anew and unmaps it when it is freed, so each message costs a page fault per 4 KiB,
-twice or more. Kept, the same memory serves the next message: bench/RESULTS.md has the ratio.
+glibc maps a block above its threshold anew and unmaps it when it is freed, so a message costs a page fault per 4 KiB,
+twice or more. Its threshold rises by itself, but not above 32 MiB; with small buckets no gain is to be seen
+(bench/RESULTS.md). Kept, the same memory serves the next message.
 
 Who sets malloc's tunables in the environment (`GLIBC_TUNABLES`, `MALLOC_ARENA_MAX`) has decided, and is not overruled.
 """
