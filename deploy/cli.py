@@ -32,7 +32,6 @@ from deploy.certify_cli import certify
 from deploy.evaluation_cli import evaluate
 from deploy.flags import devices_of, given
 from deploy.grpc_tuning import tune_grpc
-from deploy.openmp_tuning import tune_openmp
 from deploy.options import (
     RESERVED,
     BaselineOption,
@@ -331,7 +330,6 @@ def default_worker_id() -> str:
 def main() -> None:
     """Entry point of the console script, and of the daemons that it starts."""
     tune_grpc()
-    tune_openmp()
     app()
 
 

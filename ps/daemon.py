@@ -23,6 +23,9 @@ from ps.server import Server, ServerOptions
 
 __all__ = ["ServerOptions", "run", "run_shard"]
 
+SETTLE_S = 1.0
+"""How long the loop goes on for what is left when the server has stopped."""
+
 
 def run(options: ServerOptions, emit: Emitter) -> int:
     """Serves one job; returns the exit code when it is over, or after SIGTERM or Ctrl-C when the workers have left."""
@@ -73,6 +76,7 @@ async def _run_shard(options: ServerOptions, words: TextIO, emit: Emitter) -> in
         await server.start()
         threading.Thread(target=listen, name="words", daemon=True).start()
         outcome = await server.serve()
+        await settle(SETTLE_S)
     except DatpsError as error:
         emit("error", text=str(error), exit_code=error.exit_code)
         return error.exit_code
@@ -110,6 +114,7 @@ async def _run(options: ServerOptions, emit: Emitter) -> int:
     try:
         await server.start()
         outcome = await server.serve()
+        await settle(SETTLE_S)
     except DatpsError as error:
         emit("error", text=str(error), exit_code=error.exit_code)
         return error.exit_code
@@ -123,3 +128,14 @@ async def _run(options: ServerOptions, emit: Emitter) -> int:
     else:
         emit("error", text=outcome.text, exit_code=outcome.exit_code)
     return outcome.exit_code
+
+
+async def settle(deadline_s: float) -> None:
+    """Lets the loop's other tasks end by themselves, for at most `deadline_s` seconds.
+
+    `grpc.aio.Server.stop` returns when gRPC's core is done with a call, which can be some turns of the loop before the
+    call's tasks are (grpc issue 37239); `asyncio.run` would cancel them, and grpc print a traceback of that.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=deadline_s)
