@@ -12,6 +12,8 @@ MAGNITUDE = 0x7FFFFFFF
 ALL_BITS = 0xFFFFFFFF
 INFINITE = 0x7F800000
 """float32 as words."""
+FINITE_VALUE = "a finite value"
+"""The rule that a gradient breaks when a training diverges."""
 
 
 def require_vector(values: Float32) -> None:
@@ -40,7 +42,7 @@ def require_finite(values: np.ndarray, start: int, context: str) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         index = int(np.argmin(finite))
-        raise CodecError(refusal("a finite value", f"element {start + index}", values[index], context))
+        raise CodecError(refusal(FINITE_VALUE, f"element {start + index}", values[index], context))
 
 
 def require_scales(scales: Float32, count: int, context: str, *, signed: bool = False) -> None:

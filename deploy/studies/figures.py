@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ OF_RESULT = (
 """Those that are taken from result.json as they are."""
 CHOSEN_BY = "validation_robust_accuracy"
 """The figure that tuning looks at: of the last model, as the table's, and never one of the test set."""
+DIVERGED: Figures = {CHOSEN_BY: -math.inf}
+"""Those of a run that tunes and whose training diverged: worse than any other."""
 SMOOTHED = "smoothed accuracy"
 
 

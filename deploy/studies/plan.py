@@ -11,7 +11,8 @@
       - {row: 8 bits, of: robust_accuracy, at_least: 32 bits, within: spread}
 
 A run is a row with a seed. `grid` multiplies the rows by values of further keys. A row that has `tune` first trains
-every combination of those values with each of `tune_seeds`, and its seeds use what is best on the validation split.
+every combination of those values with each of `tune_seeds`, and its seeds use what is best on the validation split; a
+training that diverges there is worse than any other.
 """
 
 from __future__ import annotations

@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from common.codecs.checks import FINITE_VALUE
 from common.config import JobSpec
-from common.errors import DatpsError, SpecError, StorageError, refusal
+from common.errors import EXIT_MISMATCH, DatpsError, SpecError, StorageError, refusal
 from common.spec_sources import ENVIRONMENT_PREFIX, differences
 from deploy import runs
 from deploy.leash import leashed
 from deploy.studies import figures
 from deploy.studies.demands import RESULT, STUDY, TABLE
-from deploy.studies.figures import CHOSEN_BY, Figures
+from deploy.studies.figures import CHOSEN_BY, DIVERGED, Figures
 from deploy.studies.judging import Certification, certification_settings, evaluation_figures
 from deploy.studies.plan import Run, StudySpec, Value, job_of, read_study, runs_of, settings_of
 from deploy.studies.sources import are_labels_of, refuse_other_init, refuse_other_labels
@@ -32,6 +33,8 @@ from deploy.studies.table import Line, Verdict, in_words, line_of, markdown, ver
 
 _SET_BY_FILES = ("transfer.init", "transfer.sha256", "data.unlabeled_digest")
 """Keys of the job that `datps train` fills in, of the files that it is given (--init, --unlabeled)."""
+_DIVERGENCE = "diverged.txt"
+"""In the folder of a run that tunes: its gradient was not finite any more, and what was said of it."""
 
 
 class CommandError(DatpsError):
@@ -156,13 +159,15 @@ class Study:
                 tuning.setdefault(run.candidate, {})[run.folder] = self._figures(run, None)
         chosen = dict(_best(tuning)) if tuning else None
         by_seed = {run.seed: self._figures(run, chosen) for run in group if run.candidate is None}
-        first = group[0]
-        return line_of(first.row, first.base, first.point, by_seed, tuned=len(tuning), chosen=chosen)
+        first, diverged = group[0], sum(DIVERGED in of.values() for of in tuning.values())
+        return line_of(first.row, first.base, first.point, by_seed, tuned=len(tuning), diverged=diverged, chosen=chosen)
 
     def _figures(self, run: Run, chosen: Mapping[str, Value] | None) -> Figures:
         """Trains the run and judges it, as far as that is not done."""
         folder, job = self._places.folder / run.folder, job_of(run, chosen)
-        self._train(run, settings_of(run, chosen), job, folder)
+        if not self._train(run, settings_of(run, chosen), job, folder):
+            self._say(f"{run.folder}: diverged")
+            return DIVERGED
         result = runs.read_result(folder) or {}
         found = dict(figures.of_result(result))
         if run.candidate is None:
@@ -173,13 +178,15 @@ class Study:
         self._say(f"{run.folder}: {shown}")
         return found
 
-    def _train(self, run: Run, settings: Sequence[str], job: JobSpec, folder: Path) -> None:
+    def _train(self, run: Run, settings: Sequence[str], job: JobSpec, folder: Path) -> bool:
+        """Whether it came to its end: a run that tunes may diverge, and is no good then."""
         complete = self._is_complete(run, job, folder)
+        divergence = folder / _DIVERGENCE
         labels = self._labels(run)
         if labels:
             refuse_other_labels(folder, labels)
         if complete:
-            return
+            return not divergence.exists()
         if runs.has_checkpoint(folder):
             command = ["train", "--resume", str(folder)]  # parameters to start from are none of its business any more
         else:
@@ -188,7 +195,18 @@ class Study:
             command = ["train", "--recipe", run.recipe, *(part for each in settings for part in ("--set", each))]
             command += ["--out", str(folder), *(["--init", str(self._places.folder / run.init)] if run.init else [])]
         command += ["--unlabeled", str(labels)] if labels else []
-        self._command([*command, "--no-baseline", *self._device()], folder)
+        try:
+            self._command([*command, "--no-baseline", *self._device()], folder)
+        except CommandError as error:
+            if (
+                run.candidate is None
+                or error.exit_code != EXIT_MISMATCH
+                or f"expected {FINITE_VALUE}" not in str(error)
+            ):
+                raise
+            divergence.write_text(f"{error}\n", encoding="utf-8")
+            return False
+        return True
 
     def _is_complete(self, run: Run, job: JobSpec, folder: Path) -> bool:
         """Whether there is nothing left to train.
@@ -206,7 +224,7 @@ class Study:
             raise SpecError(refusal(rule, key, theirs, str(folder)))
         if run.init and (runs.has_checkpoint(folder) or (folder / runs.RESULT).exists()):
             refuse_other_init(folder, there, self._places.folder / run.init)
-        return runs.read_result(folder) is not None
+        return runs.read_result(folder) is not None or (folder / _DIVERGENCE).exists()
 
     def _labels(self, run: Run) -> Path | None:
         """The file of pseudo-labels that a run needs; made anew if its teacher has been trained anew."""
@@ -329,14 +347,18 @@ def _best(tuning: Mapping[tuple[tuple[str, Value], ...], Mapping[str, Figures]])
     `tuning`: figures by candidate and by the run's folder.
 
     Raises:
-        SpecError: a run does not say how its last model did there.
+        SpecError: a run does not say how its last model did there, or a run of each candidate has diverged.
     """
     untold = [folder for of in tuning.values() for folder, found in of.items() if CHOSEN_BY not in found]
     if untold:
         rule = f"{CHOSEN_BY} of the last model (remove these folders: their runs are trained again)"
         raise SpecError(refusal(rule, "result", ", ".join(untold), "an earlier version told the best model's only"))
     means = {values: statistics.mean(found[CHOSEN_BY] for found in of.values()) for values, of in tuning.items()}
-    return max(means, key=means.__getitem__)
+    best = max(means, key=means.__getitem__)
+    if DIVERGED in tuning[best].values():
+        rule = "values to choose from with which no training diverges"
+        raise SpecError(refusal(rule, "tune", ", ".join(folder for of in tuning.values() for folder in of)))
+    return best
 
 
 def _unusable(folder: Path, error: OSError) -> SpecError:

@@ -24,6 +24,7 @@ class Line:
         seeds: those that are done.
         figures: by column, in order of the seeds.
         tuned: how many combinations were tried, 0 without tuning.
+        diverged: how many of them had a training that diverged.
         chosen: what tuning has found.
     """
 
@@ -33,6 +34,7 @@ class Line:
     seeds: tuple[int, ...]
     figures: Mapping[str, Sequence[float]]
     tuned: int = 0
+    diverged: int = 0
     chosen: Mapping[str, Value] | None = None
 
 
@@ -53,12 +55,22 @@ def line_of(
     by_seed: Mapping[int, Figures],
     *,
     tuned: int = 0,
+    diverged: int = 0,
     chosen: Mapping[str, Value] | None = None,
 ) -> Line:
     """A row from its runs; columns that not all of them have are left out."""
     columns = [name for name in next(iter(by_seed.values())) if all(name in figures for figures in by_seed.values())]
     figures = {name: [each[name] for each in by_seed.values()] for name in columns}
-    return Line(row=row, base=base, point=point, seeds=tuple(by_seed), figures=figures, tuned=tuned, chosen=chosen)
+    return Line(
+        row=row,
+        base=base,
+        point=point,
+        seeds=tuple(by_seed),
+        figures=figures,
+        tuned=tuned,
+        diverged=diverged,
+        chosen=chosen,
+    )
 
 
 def verdicts_of(study: StudySpec, lines: Sequence[Line]) -> list[Verdict]:
@@ -126,7 +138,8 @@ def _verdict(check: CheckSpec, line: Line, other: Line) -> Verdict:
 
 def _tuning(line: Line) -> str:
     chosen = ", ".join(f"{key}={value}" for key, value in (line.chosen or {}).items())
-    return f"{line.tuned} tried; {chosen}" if line.tuned else ""
+    diverged = f", {line.diverged} diverged" if line.diverged else ""
+    return f"{line.tuned} tried{diverged}; {chosen}" if line.tuned else ""
 
 
 def _number(value: float) -> str:

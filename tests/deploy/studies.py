@@ -48,9 +48,15 @@ TEACHING = (
 class Machine:
     """Does what `datps` does, as far as a study sees it; accuracies are given by run folder."""
 
-    def __init__(self, robust: dict[str, float], fail_at: str = "", status: int = 75, version: str = "") -> None:
-        """`fail_at`: the training that ends with `status`; `version`: other parameters come out of each training."""
+    def __init__(
+        self, robust: dict[str, float], fail_at: str = "", status: int = 75, version: str = "", words: str = ""
+    ) -> None:
+        """`fail_at`: trainings whose folder has this in its name end with `status`, saying `words`.
+
+        `version`: other parameters come out of each training.
+        """
         self.robust = robust
+        self.words = words or "error: expected a better day, got day=monday"
         self.fail_at = fail_at
         self.status = status
         self.version = version
@@ -60,7 +66,7 @@ class Machine:
         arguments = list(command[3:])
         self.commands.append(arguments)
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("epoch 1\nerror: expected a better day, got day=monday\n")
+        log.write_text(f"epoch 1\n{self.words}\n")
         flags = {a: b for a, b in pairwise(arguments) if a.startswith("--")}
         match arguments[0]:
             case "train":
@@ -97,7 +103,7 @@ class Machine:
         labels = str(Unlabeled(samples=len(content.labels), digest=content.digest())) if content else ""
         tensors = {"x": torch.full((1,), float(len(digest)))}
         save_checkpoint(folder / "checkpoints", tensors, described(spec, digest, labels), keep=1)
-        if key == self.fail_at:
+        if self.fail_at and self.fail_at in key:
             return self.status
         result = {
             "clean_accuracy": 0.9,

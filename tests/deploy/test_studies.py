@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from common.codecs.checks import FINITE_VALUE
 from common.config import CodecName
-from common.errors import DatpsError, SpecError
+from common.errors import DatpsError, SpecError, refusal
 from deploy.studies.plan import job_of, read_study, runs_of
-from deploy.studies.run import document_of, execute
+from deploy.studies.run import CommandError, document_of, execute
 from tests.deploy.studies import ROBUST, TEACHING, TWO_ROWS, Machine, study
 
 
@@ -98,6 +99,46 @@ def test_tuning_takes_what_is_best_on_the_validation_split_and_uses_it_for_all_s
     final = [command for command in machine.commands if str(tmp_path / "4-bits/seed-1") in command]
     assert "optimizer.learning_rate=0.04" in final[0]
     assert "2 tried; optimizer.learning_rate=0.04" in (tmp_path / "table.md").read_text()
+
+
+TUNED = TWO_ROWS.replace(
+    "settings: {codec.bits: 4}}",
+    "settings: {codec.bits: 4, data.validation: 0.1}, tune: {optimizer.learning_rate: [0.04, 9.0]}}",
+)
+ROBUST_WHEN_TUNED = ROBUST | {f"4-bits/tune-learning_rate-0.04/seed-{seed}": 0.1 for seed in (1000, 1001, 1002)}
+DIVERGENCE = f"error: worker-1 failed with exit code 76: {refusal(FINITE_VALUE, 'element 0', 'nan', 'gradient')}"
+
+
+def test_a_training_that_diverges_while_it_tunes_is_the_worst_and_is_not_tried_again(tmp_path: Path) -> None:
+    machine = Machine(ROBUST_WHEN_TUNED, fail_at="learning_rate-9.0", status=76, words=DIVERGENCE)
+    lines, _ = study(TUNED, tmp_path, machine).run()
+    assert (lines[1].tuned, lines[1].diverged, lines[1].chosen) == (2, 1, {"optimizer.learning_rate": 0.04})
+    assert "2 tried, 1 diverged; optimizer.learning_rate=0.04" in (tmp_path / "table.md").read_text()
+    diverged = tmp_path / "4-bits/tune-learning_rate-9.0/seed-1000/diverged.txt"
+    assert "element 0=nan" in diverged.read_text()
+    again = Machine(ROBUST_WHEN_TUNED)
+    study(TUNED, tmp_path, again).run()
+    assert again.verbs == []
+
+
+@pytest.mark.parametrize(
+    ("fail_at", "status", "words"),
+    [
+        ("learning_rate-9.0", 76, "error: expected layout_digest=aa as on worker-0, got layout_digest=bb"),
+        ("learning_rate-9.0", 75, DIVERGENCE),
+        ("32-bits/seed-1", 76, DIVERGENCE),
+    ],
+    ids=["another mismatch", "another code", "a run of the table"],
+)
+def test_no_other_failure_passes_for_a_divergence(tmp_path: Path, fail_at: str, status: int, words: str) -> None:
+    with pytest.raises(CommandError, match=r"datps train ended with 7[56]"):
+        study(TUNED, tmp_path, Machine(ROBUST_WHEN_TUNED, fail_at=fail_at, status=status, words=words)).run()
+
+
+def test_a_row_all_of_whose_trainings_diverge_is_told(tmp_path: Path) -> None:
+    machine = Machine(ROBUST_WHEN_TUNED, fail_at="/tune-", status=76, words=DIVERGENCE)
+    with pytest.raises(SpecError, match="with which no training diverges"):
+        study(TUNED, tmp_path, machine).run()
 
 
 def test_rows_start_from_models_that_earlier_rows_have_trained(tmp_path: Path) -> None:
