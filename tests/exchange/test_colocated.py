@@ -65,7 +65,7 @@ def test_a_shard_that_ends_before_it_listens_ends_its_worker_at_once_saying_why(
 
 
 @pytest.mark.usefixtures("no_process_left")
-@pytest.mark.parametrize("program", [UNTIL_CLOSED, "import time; time.sleep(1000)"], ids=["waits", "is deaf"])
+@pytest.mark.parametrize("program", [UNTIL_CLOSED, "import signal; signal.pause()"], ids=["waits", "is deaf"])
 def test_a_shard_that_never_says_its_address_is_not_waited_for_longer_than_asked(program: str) -> None:
     with running_server(spec_of(*FAST)) as server:
         code, events = work(server.address, shard_command=(*PYTHON, program), connect_s=2.0)
