@@ -184,6 +184,8 @@ class ExchangeSpec(Section):
     """How much a server reads of a worker's contributions to buckets that others have yet to contribute to."""
     read_ahead_bytes: int = Field(default=512 << 10, ge=64 << 10, le=1 << 30)
     """How much a stream's peer may send before it is read (HTTP/2 window); a long link needs its rate x round trip."""
+    receive_buffer_bytes: int | None = Field(default=None, ge=4 << 10, le=1 << 30)
+    """SO_RCVBUF at both ends of a stream, which bounds what TCP has on its way; the kernel decides where absent."""
 
 
 class ComputeSpec(Section):

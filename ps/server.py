@@ -21,6 +21,7 @@ from common.node_memory import NodeMemory
 from common.timeline import Timeline
 from common.wire import rpc
 from common.wire.frames import read_worker_message
+from common.wire.listeners import limit_receive_buffers
 from common.wire.v1 import ps_pb2 as wire
 from ps.aggregator import Aggregator
 from ps.coordinator import Coordinator
@@ -108,7 +109,7 @@ class Server:
         """Binds and serves.
 
         Raises:
-            SpecError: the address is in use or cannot be bound.
+            SpecError: the address is in use or cannot be bound, or its receive buffer cannot be set.
         """
         options = self._options
         wanted = f"{options.host}:{options.port}"
@@ -118,6 +119,9 @@ class Server:
             port = 0
         if port == 0:
             raise SpecError(refusal("an address that is free and ours", "address", wanted, "it cannot be bound"))
+        receive_buffer_bytes = options.spec.exchange.receive_buffer_bytes
+        if receive_buffer_bytes is not None:
+            limit_receive_buffers(port, receive_buffer_bytes)
         await self._grpc.start()
         for name in self._health_names:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -97,6 +97,7 @@ CHANGED: dict[str, object] = {
     "exchange.bucket_bytes": 4096,
     "exchange.window_bytes": 8192,
     "exchange.read_ahead_bytes": 65536,
+    "exchange.receive_buffer_bytes": 49152,
     "evaluation.every_epochs": 2,
     "evaluation.patience": 3,
     "evaluation.attack.epsilon": 2 / 255,

@@ -76,12 +76,16 @@ def stub(
     )
 
 
-def channel_options(keepalive_s: float, read_ahead_bytes: int | None = None) -> list[tuple[str, int]]:
+def channel_options(
+    keepalive_s: float, *, read_ahead_bytes: int | None = None, receive_buffer_bytes: int | None = None
+) -> list[tuple[str, int]]:
     """Options of both sides: message limit, frames and HTTP/2 pings, which neither side has by default.
 
     Args:
         keepalive_s: interval of the pings, and how long one may stay unanswered.
         read_ahead_bytes: how much a stream's peer may send before it is read; None: what grpc finds best.
+        receive_buffer_bytes: SO_RCVBUF of a client's connection; None: the kernel decides. Servers ignore it
+            (`common.wire.listeners`).
     """
     interval_ms = int(keepalive_s * 1000)
     options = [
@@ -96,13 +100,15 @@ def channel_options(keepalive_s: float, read_ahead_bytes: int | None = None) -> 
     ]
     if read_ahead_bytes is not None:
         options += [("grpc.http2.lookahead_bytes", read_ahead_bytes), ("grpc.http2.bdp_probe", 0)]
+    if receive_buffer_bytes is not None:
+        options.append(("grpc.tcp_receive_buffer_size", receive_buffer_bytes))
     return options
 
 
 def server_options(keepalive_s: float, read_ahead_bytes: int) -> list[tuple[str, int]]:
     """Server's additions: pings may be as frequent as the clients', and a taken port is an error."""
     return [
-        *channel_options(keepalive_s, read_ahead_bytes),
+        *channel_options(keepalive_s, read_ahead_bytes=read_ahead_bytes),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", max(1, int(keepalive_s * 500))),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),

@@ -108,7 +108,8 @@ class ParameterServerExchange:
         """One for each shard that has buckets of ours."""
         shards = {bucket.shard for bucket in self._buckets}
         addresses = enumerate(self._admission.shard_addresses)
-        streams = {n: ShardStream(self._loop, address, n, self._timeline) for n, address in addresses if n in shards}
+        timeline, room = self._timeline, self._spec.exchange.receive_buffer_bytes
+        streams = {n: ShardStream(self._loop, address, n, timeline, room) for n, address in addresses if n in shards}
         if self._memory is not None and self._admission.worker_index in streams:
             streams[self._admission.worker_index].uses_memory = True
         return streams

@@ -65,7 +65,22 @@ class StreamLoop:
 class ShardStream:
     """One Exchange stream; made and used on the loop, but for `put`."""
 
-    def __init__(self, loop: StreamLoop, address: str, shard: int, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        loop: StreamLoop,
+        address: str,
+        shard: int,
+        timeline: Timeline,
+        receive_buffer_bytes: int | None = None,
+    ) -> None:
+        """
+        Args:
+            loop: that it runs on.
+            address: the server's, host:port.
+            shard: the server's.
+            timeline: of this process.
+            receive_buffer_bytes: SO_RCVBUF of the connection; None: the kernel decides.
+        """
         self.address = address
         self.shard = shard
         self.incarnation: int | None = None
@@ -74,6 +89,7 @@ class ShardStream:
         self.ended = threading.Event()
         """Set when no more is read."""
         self._loop = loop
+        self._receive_buffer_bytes = receive_buffer_bytes
         self._timeline, self._track = timeline, f"push to shard {shard}"
         self._outgoing: asyncio.Queue[tuple[bytes, Push | None] | None] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
@@ -82,7 +98,8 @@ class ShardStream:
     async def connect(self, deadline_s: float, keepalive_s: float) -> bool:
         """Opens a connection; False if the server does not answer in time."""
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.address, options=rpc.channel_options(keepalive_s))
+            options = rpc.channel_options(keepalive_s, receive_buffer_bytes=self._receive_buffer_bytes)
+            self._channel = grpc.aio.insecure_channel(self.address, options=options)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._channel.channel_ready(), deadline_s)
             return True
