@@ -93,9 +93,11 @@ class Timeline:
             )
 
     def write(self, path: Path) -> None:
-        """Writes everything as one JSON file."""
+        """Writes everything as one JSON file, which is whole whenever it is there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"traceEvents": list(self._events())}))
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(json.dumps({"traceEvents": list(self._events())}))
+        unfinished.replace(path)
 
     @contextmanager
     def _timed(self, name: str, round_: int, bucket: int, kind: str | None) -> Iterator[None]:

@@ -270,13 +270,16 @@ def test_a_folder_that_cannot_be_written_ends_the_worker_with_75_and_tells_the_o
     (out / "checkpoints").write_text("in the way")
     spec = job("workers=2", "schedule.epochs=1", "data.batch_per_worker=128", *FAST)
     with running_server(spec) as server, ThreadPoolExecutor(2) as pool:
-        done = [pool.submit(work, server.address, f"worker-{n}", out=out if n == 0 else None) for n in range(2)]
+        failing = pool.submit(work, server.address, "worker-0", out=out, trace=tmp_path / "trace.json")
+        done = [failing, pool.submit(work, server.address, "worker-1")]
         (own, own_events), (other, other_events) = [future.result(TRAINING_S) for future in done]
         outcome = server.outcome.result(DEADLINE_S)
     assert (own, "expected a folder with room to write" in error_of(own_events)) == (75, True)
     assert outcome.exit_code in (0, 75)
     if other == 75:
         assert "worker-0 failed: expected a folder with room to write" in error_of(other_events)
+    traced = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"encode", "push", "decode"} <= {event["name"] for event in traced}  # also of a worker that failed
 
 
 def test_a_resume_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -118,9 +118,11 @@ def take_part(workplace: Workplace, admission: Admission, order: Order, emit: Em
     except Exception as error:
         exchange.close(_named(End.after(error), team))
         raise
-    exchange.close(end)
-    if order.trace:
-        timeline.write(trace_beside(order.trace, order.local_rank))
+    else:
+        exchange.close(end)
+    finally:
+        if order.trace:
+            timeline.write(trace_beside(order.trace, order.local_rank))
 
 
 def main() -> int:
