@@ -6,6 +6,7 @@ What is recorded, and what each name means, stands in docs/tracing.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -92,12 +93,18 @@ class Timeline:
                 )
             )
 
-    def write(self, path: Path) -> None:
-        """Writes everything as one JSON file, which is whole whenever it is there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write(self, path: Path, *, failing: bool = False) -> None:
+        """Writes everything as one JSON file, which is whole whenever it is there.
+
+        Args:
+            path: of the file.
+            failing: the process has failed already, and that the file cannot be written does not hide why.
+        """
         unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_text(json.dumps({"traceEvents": list(self._events())}))
-        unfinished.replace(path)
+        with contextlib.suppress(OSError) if failing else contextlib.nullcontext():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"traceEvents": list(self._events())}))
+            unfinished.replace(path)
 
     @contextmanager
     def _timed(self, name: str, round_: int, bucket: int, kind: str | None) -> Iterator[None]:

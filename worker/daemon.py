@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,15 +223,11 @@ class _Job:
             if exchange:
                 exchange.close(end)
             coordination.leave(end, self._final_digest)
-            self._write_trace(failed=end.ending not in (wire.ENDING_COMPLETED, wire.ENDING_STOPPED))
+            if self._options.trace:
+                failing = end.ending not in (wire.ENDING_COMPLETED, wire.ENDING_STOPPED)
+                self._timeline.write(self._options.trace, failing=failing)
         node.finish()
         return complete
-
-    def _write_trace(self, *, failed: bool) -> None:
-        """What was done when, also before a failure, which no other one may hide."""
-        if self._options.trace:
-            with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
-                self._timeline.write(self._options.trace)
 
     def _open_residuals(self, exchange: Exchange, admission: Admission) -> Residuals | None:
         """What this worker alone saves; the exchange goes on with what it has saved before."""

@@ -20,17 +20,20 @@ _OPEN_FILES = Path("/proc/self/fd")
 def limit_receive_buffers(port: int, size_bytes: int) -> None:
     """Sets SO_RCVBUF of all sockets of this process that listen on a TCP port.
 
-    Linux makes it twice that, for its own bookkeeping, and at most twice `net.core.rmem_max`.
+    Linux makes it twice that, for its own bookkeeping.
 
     Raises:
-        SpecError: no such socket is found; that is so where there is no /proc, which is Linux's.
+        SpecError: more than `net.core.rmem_max`; or no such socket is found, as without /proc (it is Linux's).
     """
-    found = False
+    given_bytes = []
     for listener in _listeners(port):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
-        found = True
-    if not found:
+        given_bytes.append(listener.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2)
+    if not given_bytes:
         rule = f"Linux, where a socket that listens on port {port} can be found in {_OPEN_FILES}"
+        raise SpecError(refusal(rule, "exchange.receive_buffer_bytes", size_bytes))
+    if min(given_bytes) < size_bytes:
+        rule = f"at most {min(given_bytes)} bytes (net.core.rmem_max of this machine)"
         raise SpecError(refusal(rule, "exchange.receive_buffer_bytes", size_bytes))
 
 

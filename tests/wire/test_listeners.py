@@ -39,6 +39,15 @@ def test_a_port_that_nobody_listens_on_is_told() -> None:
         limit_receive_buffers(port, SIZE_BYTES)
 
 
+def test_more_than_the_kernel_gives_is_refused() -> None:
+    limit_bytes = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(SpecError, match=rf"at most {limit_bytes} bytes .* got exchange.receive_buffer_bytes="),
+    ):
+        limit_receive_buffers(listener.getsockname()[1], limit_bytes + 1)
+
+
 @pytest.mark.parametrize("limited", [False, True])
 def test_both_ends_of_every_stream_have_it(limited: bool) -> None:
     spec = job("workers=2", f"exchange.receive_buffer_bytes={SIZE_BYTES if limited else 'null'}")

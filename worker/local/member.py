@@ -117,12 +117,12 @@ def take_part(workplace: Workplace, admission: Admission, order: Order, emit: Em
         raise
     except Exception as error:
         exchange.close(_named(End.after(error), team))
-        raise
-    else:
-        exchange.close(end)
-    finally:
         if order.trace:
-            timeline.write(trace_beside(order.trace, order.local_rank))
+            timeline.write(trace_beside(order.trace, order.local_rank), failing=True)
+        raise
+    exchange.close(end)
+    if order.trace:
+        timeline.write(trace_beside(order.trace, order.local_rank))
 
 
 def main() -> int:
